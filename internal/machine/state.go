@@ -1,0 +1,317 @@
+// Package machine is the rule by which a rollout advances, holds and rolls back: pure functions from a [State], a [Plan]
+// and what was seen to the next State and the [Event]s on the way. It does no I/O, reads no clock and starts nothing; the
+// same inputs give the same state, bit for bit.
+package machine
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/judge"
+)
+
+// Format is the version of the state document that this package writes. It reads no newer one.
+const Format = 1
+
+// Limits of what the document keeps.
+const (
+	MaxHistory  = 1024 // changes of shares
+	MaxVersions = 1024
+	MaxNotes    = 32
+	MaxNote     = 1024 // bytes of one note or cause
+	MaxBytes    = 900 << 10
+)
+
+// Phase is where a rollout is. The zero value is Pending.
+type Phase uint8
+
+// The phases of a rollout.
+const (
+	Pending Phase = iota
+	Running
+	Held
+	RollingBack
+	RolledBack
+	Stuck
+	Completed
+)
+
+var phaseNames = []string{"pending", "running", "held", "rolling back", "rolled back", "stuck", "completed"}
+
+// PhaseNames are the names of the phases, in order.
+func PhaseNames() []string { return slices.Clone(phaseNames) }
+
+func (p Phase) String() string {
+	if int(p) < len(phaseNames) {
+		return phaseNames[p]
+	}
+	return fmt.Sprint(uint8(p))
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (p Phase) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (p *Phase) UnmarshalText(b []byte) error {
+	i := slices.Index(phaseNames, string(b))
+	if i < 0 {
+		return fmt.Errorf("%q is no phase", b)
+	}
+	*p = Phase(i)
+	return nil
+}
+
+// Latched reports whether the candidate of this generation is rolled back or on its way there.
+func (p Phase) Latched() bool { return p == RollingBack || p == RolledBack || p == Stuck }
+
+// State is everything that decides, as one document. The zero value is not valid; see [New].
+type State struct {
+	Format int    `json:"format"`
+	Name   string `json:"name"`
+
+	Gen   uint64 `json:"gen"`             // candidates and restarts
+	Nonce string `json:"nonce,omitempty"` // names this life of the generation
+	Ver   uint64 `json:"ver"`             // +1 on every change that a follower must see
+	Epoch uint64 `json:"epoch"`           // +1 on every change of any share or stage
+	Round uint64 `json:"round"`           // +1 on every evaluation
+
+	Version  string         `json:"version"`  // of the candidate of this generation
+	Versions []VersionEntry `json:"versions"` // all there have been, in order
+
+	Phase Phase      `json:"phase"`
+	Hold  *HoldCause `json:"hold,omitempty"` // while Held
+
+	Stage  StageRef           `json:"stage"`           // the present one
+	Shares map[string]float64 `json:"shares"`          // percent a ring, in force
+	Set    map[string]float64 `json:"set,omitempty"`   // set by an operator, until Resume
+	Rings  []string           `json:"rings,omitempty"` // latched: rolled back alone
+	Reach  map[string]float64 `json:"reach,omitempty"` // what each ring's own stages have reached
+
+	Policy     string `json:"policy"`     // digest of the policy's data
+	Assignment string `json:"assignment"` // digest of what decides who is in
+
+	Elapsed  time.Duration  `json:"elapsed"`            // in this stage, time held apart; a lower bound
+	Quiet    time.Duration  `json:"quiet,omitempty"`    // since the last candidate outcome that was credited
+	Baked    time.Duration  `json:"baked"`              // in this stage, while candidate outcomes arrived
+	Seen     bool           `json:"seen,omitempty"`     // a candidate outcome arrived in this stage
+	Entered  uint64         `json:"entered,omitempty"`  // epoch in which the stage was entered
+	Climb    int            `json:"climb,omitempty"`    // steps of a climbing stage taken
+	From     float64        `json:"from,omitempty"`     // share that the climb started from
+	Approved bool           `json:"approved,omitempty"` // this stage
+	Proved   bool           `json:"proved,omitempty"`   // some stage of this generation was left with proof
+	Exposed  bool           `json:"exposed,omitempty"`  // some share of this generation was above zero
+	StepBack map[string]int `json:"stepBack,omitempty"` // how often the stage of that name was stepped back to
+
+	Cursors map[string]Cursor `json:"cursors,omitempty"` // evidence consumed, by incarnation
+
+	Gates    judge.State `json:"gates"`
+	Reported []string    `json:"reported,omitempty"` // gates that only report and have
+
+	Steps  []StepState `json:"steps,omitempty"` // of the rollback
+	Runner string      `json:"runner,omitempty"`
+	Term   uint64      `json:"term,omitempty"` // fences the runner of steps
+
+	Incident *Incident `json:"incident,omitempty"`
+	History  []Change  `json:"history,omitempty"` // of this generation's shares, newest last
+	Notes    []Note    `json:"notes,omitempty"`   // of operators, newest last
+
+	Writer string `json:"writer,omitempty"` // who wrote this document
+	Op     string `json:"op,omitempty"`     // which of its writes: tells a landed write from a lost one
+}
+
+// Cursor is how far the evidence of one incarnation was consumed.
+type Cursor struct {
+	Seq   uint64 `json:"seq"`   // of its last cut
+	Round uint64 `json:"round"` // in which it last moved
+}
+
+// keepCursors is how many rounds a cursor that does not move is kept.
+const keepCursors = 1000
+
+// Consume notes that the evidence of an incarnation was consumed up to cut seq.
+func (s *State) Consume(incarnation string, seq uint64) {
+	if s.Cursors == nil {
+		s.Cursors = map[string]Cursor{}
+	}
+	s.Cursors[incarnation] = Cursor{Seq: seq, Round: s.Round}
+	maps.DeleteFunc(s.Cursors, func(_ string, c Cursor) bool { return s.Round > c.Round+keepCursors })
+}
+
+// Consumed reports whether cut seq of an incarnation was consumed.
+func (s *State) Consumed(incarnation string, seq uint64) bool {
+	return s.Cursors[incarnation].Seq >= seq
+}
+
+// VersionEntry is one version the rollout has had.
+type VersionEntry struct {
+	Version   string `json:"version"`
+	Gen       uint64 `json:"gen"`
+	Completed bool   `json:"completed,omitempty"`
+}
+
+// StageRef names a stage by its data, so that it is found in an edited policy.
+type StageRef struct {
+	Name    string  `json:"name"`
+	Ring    string  `json:"ring"`
+	Percent float64 `json:"percent"`
+}
+
+// HoldKind says why a rollout is held.
+type HoldKind string
+
+// Why a rollout may be held.
+const (
+	HeldByOperator HoldKind = "operator"
+	HeldByPercent  HoldKind = "percent" // SetPercent
+	HeldByGate     HoldKind = "gate"
+	HeldByDeadline HoldKind = "deadline"
+	HeldByRings    HoldKind = "rings" // every ring that is left is rolled back
+)
+
+// HoldCause is why a rollout is held.
+type HoldCause struct {
+	Kind HoldKind `json:"kind"`
+	Gate string   `json:"gate,omitempty"`
+	Note string   `json:"note,omitempty"`
+}
+
+// StepState is the journal of one rollback step.
+type StepState struct {
+	Name     string `json:"name"`
+	Attempts int    `json:"attempts,omitempty"`
+	Done     bool   `json:"done,omitempty"`
+	Err      string `json:"err,omitempty"` // of the last attempt
+}
+
+// Change is one change of shares.
+type Change struct {
+	Epoch  uint64             `json:"epoch"`
+	At     time.Time          `json:"at"`
+	Shares map[string]float64 `json:"shares"`
+}
+
+// Note is what an operator did, and why.
+type Note struct {
+	At   time.Time `json:"at"`
+	Verb string    `json:"verb"`
+	Note string    `json:"note,omitempty"`
+}
+
+// Incident is why a rollback happened.
+type Incident struct {
+	Time      time.Time      `json:"time"`
+	Gen       uint64         `json:"gen"`
+	Version   string         `json:"version"`
+	Stage     string         `json:"stage"`
+	Ring      string         `json:"ring,omitempty"` // of a ring's own rollback
+	Gate      string         `json:"gate,omitempty"`
+	Metric    string         `json:"metric,omitempty"`
+	Note      string         `json:"note,omitempty"`
+	Candidate judge.Estimate `json:"candidate"`
+	Control   judge.Estimate `json:"control"`
+	E         float64        `json:"e,omitempty"`
+	NeedE     float64        `json:"needE,omitempty"`
+}
+
+// Clone is a deep copy.
+func (s *State) Clone() *State {
+	c := *s
+	c.Versions = slices.Clone(s.Versions)
+	c.Shares, c.Set, c.Reach = maps.Clone(s.Shares), maps.Clone(s.Set), maps.Clone(s.Reach)
+	c.Rings = slices.Clone(s.Rings)
+	c.StepBack = maps.Clone(s.StepBack)
+	c.Cursors = maps.Clone(s.Cursors)
+	c.Gates = s.Gates.Clone()
+	c.Reported = slices.Clone(s.Reported)
+	c.Steps = slices.Clone(s.Steps)
+	c.History = slices.Clone(s.History) // the maps inside never change
+	c.Notes = slices.Clone(s.Notes)
+	if s.Hold != nil {
+		h := *s.Hold
+		c.Hold = &h
+	}
+	if s.Incident != nil {
+		i := *s.Incident
+		c.Incident = &i
+	}
+	return &c
+}
+
+// Encode is the document as stored.
+func (s *State) Encode() ([]byte, error) {
+	b, err := json.Marshal(s)
+	if err == nil && len(b) > MaxBytes {
+		return nil, fmt.Errorf("the state document would be %d bytes; %d is the most", len(b), MaxBytes)
+	}
+	return b, err
+}
+
+// ErrNewer is returned by [Decode] for a document of a newer format.
+var ErrNewer = errors.New("written by a newer version of the library")
+
+// Decode reads a stored document of the rollout called name. It accepts nothing that the other functions of this package
+// could trip over.
+func Decode(name string, b []byte) (*State, error) {
+	if len(b) > MaxBytes+1024 {
+		return nil, fmt.Errorf("the state document has %d bytes; %d is the most", len(b), MaxBytes)
+	}
+	var head struct {
+		Format int `json:"format"`
+	}
+	if err := json.Unmarshal(b, &head); err != nil {
+		return nil, fmt.Errorf("the state document is no JSON object with a format: %w", err)
+	}
+	if head.Format > Format {
+		return nil, fmt.Errorf("the state document has format %d, this library reads up to %d: %w", head.Format, Format, ErrNewer)
+	}
+	var s State
+	if err := json.Unmarshal(b, &s); err != nil {
+		return nil, fmt.Errorf("the state document: %w", err)
+	}
+	if err := s.check(name); err != nil {
+		return nil, fmt.Errorf("the state document: %w", err)
+	}
+	return &s, nil
+}
+
+// check finds what no writer of this package would have written.
+func (s *State) check(name string) error {
+	switch {
+	case s.Format != Format:
+		return fmt.Errorf("format is %d", s.Format)
+	case s.Name != name:
+		return fmt.Errorf("it is of the rollout %q", s.Name)
+	case s.Gen == 0 || s.Epoch == 0 || s.Ver == 0:
+		return errors.New("gen, ver or epoch is zero")
+	case len(s.Versions) == 0:
+		return errors.New("it has had no version")
+	case s.Elapsed < 0 || s.Baked < 0 || s.Quiet < 0:
+		return errors.New("a duration is negative")
+	case s.Climb < 0 || s.Climb > MaxClimb:
+		return fmt.Errorf("climb is %d", s.Climb)
+	case s.Phase == Held && s.Hold == nil:
+		return errors.New("it is held for no cause")
+	case s.Phase.Latched() && len(s.Shares) > 0 && maxShare(s.Shares) > 0:
+		return errors.New("it is rolled back and has a share above zero")
+	}
+	for _, m := range []map[string]float64{s.Shares, s.Set, s.Reach} {
+		for ring, p := range m {
+			if !(p >= 0 && p <= 100) {
+				return fmt.Errorf("the share of %q is %v", ring, p)
+			}
+		}
+	}
+	return nil
+}
+
+func maxShare(m map[string]float64) float64 {
+	most := 0.0
+	for _, p := range m {
+		most = max(most, p)
+	}
+	return most
+}

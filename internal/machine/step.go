@@ -1,0 +1,505 @@
+package machine
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/judge"
+)
+
+// Kind says what happened.
+type Kind uint8
+
+// What can happen to a rollout.
+const (
+	Started        Kind = iota + 1 // a generation began
+	StageEntered                   // shares rose to a stage, or fell back to one
+	Climbed                        // a climbing stage took a step
+	WasHeld                        // it stays where it is
+	Resumed                        // it goes on
+	WasApproved                    // an operator approved the stage
+	PercentSet                     // an operator set a share
+	SteppedBack                    // a gate sent it to the stage before
+	RingRolledBack                 // one ring went back to stable
+	RollbackBegan                  // everybody went back to stable; steps run next
+	StepFailed                     // an attempt of a rollback step failed
+	StepDone                       // a rollback step is done
+	RollbackStuck                  // a step keeps failing
+	RollbackDone                   // steps are done
+	WasCompleted                   // everybody has the candidate
+	GateBroken                     // a gate that only reports, or one that holds, was broken
+	PolicyEdited                   // the same version came with another policy
+	VersionAdopted                 // a completed rollout took up a new version
+)
+
+// Event is one thing that happened in a step or by a verb.
+type Event struct {
+	Kind     Kind
+	Stage    string
+	Ring     string
+	Gate     string
+	Note     string
+	From, To Phase
+	Incident *Incident
+}
+
+// Block is one closed block of evidence, of decisions made in one epoch of the present generation.
+type Block struct {
+	judge.Block
+	Epoch uint64
+}
+
+// Input is what one evaluation sees.
+type Input struct {
+	Now        time.Time     // for people: decides nothing
+	Elapsed    time.Duration // since the last step, by the caller's own monotonic clock
+	Blocks     []Block       // each given once, oldest epoch first
+	Outcomes   []string      // rings in which candidate outcomes of the present epoch arrived since the last step
+	Breaches   []string      // metrics with an event of the candidate in this generation, for Never, whether or not a block closed
+	Checks     map[string]judge.CheckResult
+	MayAdvance bool // no share is raised otherwise
+}
+
+// New is the state of a rollout that nothing has happened to.
+func New(name string, p *Plan, nonce string) *State {
+	s := &State{Format: Format, Name: name, Gen: 1, Ver: 1, Epoch: 1, Nonce: nonce, Version: p.Version, Policy: p.Policy, Assignment: p.Assignment}
+	s.Versions = []VersionEntry{{Version: p.Version, Gen: 1}}
+	s.Shares = p.shares(s)
+	return s
+}
+
+// Step is one evaluation: it consumes the blocks, judges, and moves the state as far as the verdicts and the time allow,
+// a rollback before any promotion.
+func Step(s *State, p *Plan, in Input) []Event {
+	m := move{State: s, p: p, now: in.Now}
+	s.Round++
+	switch s.Phase {
+	case Pending:
+		if !in.MayAdvance {
+			return nil
+		}
+		m.phase(Running)
+		m.event(Event{Kind: Started, Note: s.Version, From: Pending, To: Running})
+		m.enterFrom(0, "")
+		return m.events
+	case Running, Held:
+	default:
+		return nil
+	}
+	i := p.find(s.Stage)
+	if i < 0 { // held before it ever ran
+		return nil
+	}
+	m.consume(i, in)
+	results := p.Judge.Assess(&s.Gates, in.Checks)
+	m.breach(i, results, in.Breaches)
+	if m.act(i, results) || s.Phase == Held {
+		return m.events
+	}
+	m.pass(i, in)
+	if in.MayAdvance && !m.climb(i) && m.ready(i, results) {
+		m.promote(i, "")
+	}
+	if st := p.Stages[i]; s.Phase == Running && p.find(s.Stage) == i && s.Elapsed >= st.Deadline {
+		m.deadline(i)
+	}
+	return m.events
+}
+
+// move is one change of a state, with the events on the way.
+type move struct {
+	*State
+	p      *Plan
+	now    time.Time
+	events []Event
+}
+
+func (m *move) event(e Event) {
+	if e.Stage == "" {
+		e.Stage = m.Stage.Name
+	}
+	if e.To == 0 && e.From == 0 {
+		e.From, e.To = m.Phase, m.Phase
+	}
+	m.Ver++
+	m.events = append(m.events, e)
+}
+
+// phase changes the phase; the next event tells.
+func (m *move) phase(to Phase) {
+	if m.Phase == Held && to != Held {
+		m.Hold = nil
+	}
+	m.Phase = to
+	m.Ver++
+}
+
+// reshare recomputes the shares in force and opens a new epoch, which separates the evidence.
+func (m *move) reshare() {
+	m.Shares = m.p.shares(m.State)
+	m.Exposed = m.Exposed || maxShare(m.Shares) > 0
+	m.Epoch++
+	m.Ver++
+	m.History = append(m.History, Change{Epoch: m.Epoch, At: m.now, Shares: m.Shares})
+	if extra := len(m.History) - MaxHistory; extra > 0 {
+		m.History = slices.Delete(m.History, 0, extra)
+	}
+}
+
+// enter moves to stage i: its share, unless it climbs there, and a bake and a proof from zero. Stepping back raises no
+// share, and does not end a hold.
+func (m *move) enter(i int, kind Kind, note string) {
+	from := m.Phase
+	had := map[string]float64{}
+	for _, ring := range m.p.Rings {
+		had[ring] = m.within(ring)
+	}
+	m.Reach = map[string]float64{}
+	for _, st := range m.p.Stages[:i] {
+		m.Reach[st.Ring] = max(m.Reach[st.Ring], st.Percent)
+	}
+	st := &m.p.Stages[i]
+	m.Stage = st.StageRef
+	m.Climb, m.From = 0, 0
+	if steps := st.climb(); steps > 0 {
+		m.From = m.within(st.Ring)
+		m.Climb = 1
+		m.Reach[st.Ring] = m.From + (st.Percent-m.From)/float64(steps)
+	} else {
+		m.Reach[st.Ring] = max(m.Reach[st.Ring], st.Percent)
+	}
+	if kind == SteppedBack { // an edited policy may ask for more there than was ever given
+		for ring, reach := range m.Reach {
+			m.Reach[ring] = min(reach, had[ring])
+		}
+	}
+	m.fresh()
+	m.reshare()
+	m.event(Event{Kind: kind, Ring: st.Ring, Note: note, From: from, To: m.Phase})
+}
+
+// within is what a ring has by its own stages and those of the rings around it.
+func (m *move) within(ring string) float64 {
+	share := 0.0
+	for _, r := range m.p.Rings[max(m.p.ring(ring), 0):] {
+		share = max(share, m.Reach[r])
+	}
+	return share
+}
+
+// fresh starts a stage's clocks and its proof from zero.
+func (m *move) fresh() {
+	m.Elapsed, m.Baked, m.Quiet = 0, 0, 0
+	m.Seen, m.Approved = false, false
+	m.Entered = m.Epoch + 1
+	m.Gates.ResetProof()
+}
+
+// consume bets the blocks. Proof is taken only from the stage's own ring and since it was entered.
+func (m *move) consume(i int, in Input) {
+	st := &m.p.Stages[i]
+	active := func(g int) bool { return st.Armed[g] }
+	for _, b := range in.Blocks {
+		if slices.Contains(m.Rings, b.Ring) {
+			continue
+		}
+		m.p.Judge.Consume(&m.Gates, b.Block, active, b.Ring == st.Ring && b.Epoch >= m.Entered)
+	}
+}
+
+// breach breaks the armed Never gates of the metrics that an event was seen of.
+func (m *move) breach(i int, results []judge.Result, metrics []string) {
+	for g := range results {
+		r := &results[g]
+		if r.Spec.Kind == judge.Never && m.p.Stages[i].Armed[g] && slices.Contains(metrics, r.Spec.Metric) && r.Verdict != judge.Unhealthy {
+			r.Verdict, r.Cause = judge.Unhealthy, "it happened to the candidate"
+		}
+	}
+}
+
+// Raises reports whether any ring has a greater share in b than in a.
+func Raises(a, b *State) bool {
+	for ring, share := range b.Shares {
+		if share > a.Shares[ring] {
+			return true
+		}
+	}
+	return false
+}
+
+// act does what broken gates ask for, the most careful action first. It reports whether that settled the step.
+func (m *move) act(i int, results []judge.Result) bool {
+	st := &m.p.Stages[i]
+	rank := map[judge.Action]int{judge.Rollback: 5, judge.RollbackRing: 4, judge.StepBack: 3, judge.Hold: 2}
+	var worst *judge.Result
+	for g := range results {
+		r := &results[g]
+		if r.Verdict != judge.Unhealthy {
+			continue
+		}
+		if r.Action == judge.Report {
+			if !slices.Contains(m.Reported, r.Spec.Name) {
+				m.Reported = append(m.Reported, r.Spec.Name)
+				m.event(Event{Kind: GateBroken, Gate: r.Spec.Name, Note: r.Cause})
+			}
+			continue
+		}
+		if r.Spec.Kind == judge.Check && !st.Armed[g] {
+			continue
+		}
+		if worst == nil || rank[r.Action] > rank[worst.Action] || rank[r.Action] == rank[worst.Action] && r.LogE > worst.LogE {
+			worst = r
+		}
+	}
+	if worst == nil {
+		return false
+	}
+	action := worst.Action
+	if st.Irreversible && action != judge.Hold {
+		action = judge.Hold
+	}
+	if action == judge.StepBack {
+		if to := m.before(i); to < 0 {
+			action = judge.Rollback
+		} else if m.StepBack[m.p.Stages[to].Name] >= 2 {
+			action = judge.Hold
+		}
+	}
+	if action == judge.RollbackRing && st.Ring == m.p.Rings[len(m.p.Rings)-1] {
+		action = judge.Rollback // what goes wrong for everyone is not one ring's trouble
+	}
+	switch action {
+	case judge.Rollback:
+		m.rollback(m.incident(worst, ""))
+	case judge.RollbackRing:
+		m.rollbackRing(st.Ring, m.incident(worst, ""))
+		m.anew()
+	case judge.StepBack:
+		m.stepBack(i, worst)
+	default:
+		if m.Phase == Held {
+			return true
+		}
+		m.hold(HoldCause{Kind: HeldByGate, Gate: worst.Spec.Name, Note: clip(worst.Cause)}, worst)
+	}
+	return true
+}
+
+func (m *move) anew() {
+	m.Gates.Anew()
+	m.Reported = nil
+}
+
+func (m *move) incident(r *judge.Result, note string) *Incident {
+	in := &Incident{Time: m.now, Gen: m.Gen, Version: m.Version, Stage: m.Stage.Name, Note: clip(note)}
+	if r != nil {
+		in.Gate, in.Metric = r.Spec.Name, r.Spec.Metric
+		in.Candidate, in.Control, in.E, in.NeedE = r.Candidate, r.Control, r.E, r.NeedE
+		in.Note = clip(r.Cause)
+	}
+	return in
+}
+
+func (m *move) hold(c HoldCause, r *judge.Result) {
+	from := m.Phase
+	m.phase(Held)
+	m.Hold = &c
+	if r != nil {
+		m.event(Event{Kind: GateBroken, Gate: r.Spec.Name, Note: r.Cause, From: from, To: from})
+	}
+	m.event(Event{Kind: WasHeld, Gate: c.Gate, Note: c.Note, From: from, To: Held})
+}
+
+// before is the last stage before i whose ring is not rolled back, or -1.
+func (m *move) before(i int) int {
+	for i--; i >= 0 && slices.Contains(m.Rings, m.p.Stages[i].Ring); i-- {
+	}
+	return i
+}
+
+func (m *move) stepBack(i int, r *judge.Result) {
+	back := m.before(i)
+	to := m.p.Stages[back].Name
+	if m.StepBack == nil {
+		m.StepBack = map[string]int{}
+	}
+	m.StepBack[to]++
+	m.event(Event{Kind: GateBroken, Gate: r.Spec.Name, Note: r.Cause})
+	m.anew()
+	m.enter(back, SteppedBack, r.Spec.Name)
+}
+
+// rollback takes every share to zero, latches, and lists the steps to run.
+func (m *move) rollback(in *Incident) {
+	from := m.Phase
+	m.Incident = in
+	m.Steps, m.Set = nil, nil
+	if m.Exposed {
+		for _, name := range m.p.Steps {
+			m.Steps = append(m.Steps, StepState{Name: name})
+		}
+	}
+	m.phase(RollingBack)
+	m.reshare()
+	m.event(Event{Kind: RollbackBegan, Ring: m.Stage.Ring, Gate: in.Gate, Note: in.Note, From: from, To: RollingBack, Incident: in})
+	m.finish()
+}
+
+// finish ends a rollback whose steps are all done.
+func (m *move) finish() {
+	if slices.ContainsFunc(m.Steps, func(st StepState) bool { return !st.Done }) {
+		return
+	}
+	from := m.Phase
+	m.phase(RolledBack)
+	m.event(Event{Kind: RollbackDone, From: from, To: RolledBack, Incident: m.Incident})
+}
+
+// rollbackRing latches one ring. Where no ring is left, everything is rolled back.
+func (m *move) rollbackRing(ring string, in *Incident) {
+	in.Ring = ring
+	m.Rings = append(m.Rings, ring)
+	m.Incident = in
+	if !slices.ContainsFunc(m.p.Rings, func(r string) bool { return !slices.Contains(m.Rings, r) }) {
+		m.rollback(in)
+		return
+	}
+	m.reshare()
+	m.event(Event{Kind: RingRolledBack, Ring: ring, Gate: in.Gate, Note: in.Note, Incident: in})
+	if m.Phase == Running && m.Stage.Ring == ring {
+		m.hold(HoldCause{Kind: HeldByRings, Note: ring + " is rolled back"}, nil)
+	}
+}
+
+// pass lets the stage's time go by. A bake counts from the first outcome, and only up to an outcome: a gap is credited
+// when it ends, with no more than a tenth of the bake and no more than twelve ticks.
+func (m *move) pass(i int, in Input) {
+	st := &m.p.Stages[i]
+	m.Elapsed += max(in.Elapsed, 0)
+	m.Quiet += max(in.Elapsed, 0)
+	if !slices.Contains(in.Outcomes, st.Ring) {
+		return
+	}
+	if m.Seen {
+		m.Baked += min(m.Quiet, max((st.Over+st.Bake)/10, m.p.Tick), 12*m.p.Tick)
+	}
+	m.Seen, m.Quiet = true, 0
+}
+
+// climb raises the share of a climbing stage to where its time has come, and reports whether it did.
+func (m *move) climb(i int) bool {
+	st := &m.p.Stages[i]
+	steps := st.climb()
+	if m.Climb == 0 || m.Climb >= steps {
+		return false
+	}
+	due := min(steps, 1+int(m.Baked/(st.Over/time.Duration(steps)+1)))
+	if due <= m.Climb {
+		return false
+	}
+	m.Climb = due
+	m.Reach[st.Ring] = m.From + (st.Percent-m.From)*float64(due)/float64(steps)
+	if due == steps {
+		m.Reach[st.Ring] = st.Percent
+	}
+	m.reshare()
+	m.event(Event{Kind: Climbed, Ring: st.Ring})
+	return true
+}
+
+// ready reports whether stage i may be left: baked, its gates silent, its proof given, its approval there.
+func (m *move) ready(i int, results []judge.Result) bool {
+	st := &m.p.Stages[i]
+	if !m.Seen || m.Baked < st.Over+st.Bake || st.climb() > m.Climb || st.Approval && !m.Approved {
+		return false
+	}
+	for g, r := range results {
+		if st.Armed[g] && r.Verdict == judge.Unhealthy && r.Action != judge.Report {
+			return false
+		}
+	}
+	return !m.asks(i) || m.proven(i, results)
+}
+
+// asks reports whether stage i wants proof.
+func (m *move) asks(i int) bool {
+	st := &m.p.Stages[i]
+	return st.Proof && !(st.Last && m.Proved)
+}
+
+// proven reports whether every gate that can prove in stage i has done so, and there is one.
+func (m *move) proven(i int, results []judge.Result) bool {
+	st := &m.p.Stages[i]
+	some := false
+	for g, r := range results {
+		if !st.Armed[g] || !r.Spec.CanProve() || !st.Control && !r.Spec.Absolute() {
+			continue
+		}
+		if !r.Proved {
+			return false
+		}
+		some = true
+	}
+	// A stage that only an approval can prove is left to the approval.
+	return some || st.Approval
+}
+
+// promote leaves stage i for the next one whose ring is not rolled back.
+func (m *move) promote(i int, note string) {
+	st := &m.p.Stages[i]
+	if m.Climb == 0 && m.Reach[st.Ring] < st.Percent && !slices.Contains(m.Rings, st.Ring) {
+		m.enter(i, StageEntered, note) // an edited policy left it below its own share
+		return
+	}
+	if note == "" && m.asks(i) {
+		m.Proved = true
+	}
+	m.enterFrom(i+1, note)
+}
+
+// enterFrom enters the first stage from i on whose ring is not rolled back; behind the last it completes.
+func (m *move) enterFrom(i int, note string) {
+	for ; i < len(m.p.Stages); i++ {
+		if !slices.Contains(m.Rings, m.p.Stages[i].Ring) {
+			m.enter(i, StageEntered, note)
+			return
+		}
+	}
+	if slices.Contains(m.Rings, m.p.Rings[len(m.p.Rings)-1]) {
+		m.hold(HoldCause{Kind: HeldByRings, Note: "every ring that is left is rolled back"}, nil)
+		return
+	}
+	m.complete(note)
+}
+
+func (m *move) complete(note string) {
+	from := m.Phase
+	last := m.p.Stages[len(m.p.Stages)-1]
+	m.Reach[last.Ring] = last.Percent
+	m.phase(Completed)
+	m.reshare()
+	for i := range m.Versions {
+		if m.Versions[i].Version == m.Version {
+			m.Versions[i].Completed = true
+		}
+	}
+	m.event(Event{Kind: WasCompleted, Note: note, From: from, To: Completed})
+}
+
+func (m *move) deadline(i int) {
+	note := fmt.Sprintf("no verdict in %v", m.p.Stages[i].Deadline)
+	if m.p.OnDeadline == judge.Rollback && !m.p.Stages[i].Irreversible {
+		m.rollback(m.incident(nil, note))
+		return
+	}
+	m.hold(HoldCause{Kind: HeldByDeadline, Note: note}, nil)
+}
+
+// clip bounds a note or a cause.
+func clip(s string) string {
+	if len(s) > MaxNote {
+		return s[:MaxNote]
+	}
+	return s
+}
