@@ -1,0 +1,163 @@
+package rollout
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"time"
+
+	"github.com/cespare/xxhash/v2"
+
+	"github.com/stagedrollout/rollout/internal/machine"
+)
+
+var (
+	longIDs  = ids("%08x-0000-4000-8000-%012x")
+	shortIDs = ids("%04x%04x")
+	sink     uint64
+)
+
+// ids are many enough not to sit in the caches.
+func ids(format string) []string {
+	s := make([]string, 1<<16)
+	for i := range s {
+		s[i] = fmt.Sprintf(format, uint32(i)*2654435761, i)
+	}
+	return s
+}
+
+// running is a rollout with three rings in the middle of its ladder, without a Run.
+func running(tb testing.TB, name string) *Rollout {
+	tb.Helper()
+	r := Must(name, Policy{
+		Rings:    []Ring{{Name: "staff"}, {Name: "beta"}},
+		Stages:   []Stage{{Ring: "staff", Percent: 50}, {Ring: "beta", Percent: 50}, {Percent: 25}, {Percent: 100}},
+		Bake:     time.Minute,
+		Holdback: 5,
+		Gates:    []Gate{Errors.Within(1), Errors.AtMost(10), Latency.Quantile(0.99).WithinFactor(1.2)},
+	}, nil)
+	ctx := context.Background()
+	for _, stage := range []string{"staff 50 %", "beta 50 %"} {
+		if err := r.startForTest(ctx); err != nil {
+			tb.Fatal(err)
+		}
+		if err := r.Advance(ctx, stage, "test"); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	return r
+}
+
+// startForTest does what the first tick of Run does.
+func (r *Rollout) startForTest(ctx context.Context) error {
+	_, err := r.update(ctx, func(s *machine.State) ([]machine.Event, error) {
+		if s.Phase != machine.Pending {
+			return nil, nil
+		}
+		return machine.Step(s, r.plan, machine.Input{Now: time.Now(), MayAdvance: true}), nil
+	})
+	return err
+}
+
+func BenchmarkFloorXXH64(b *testing.B)      { floor(b, longIDs) }
+func BenchmarkFloorXXH64Short(b *testing.B) { floor(b, shortIDs) }
+func BenchmarkDecide(b *testing.B)          { decide(b, longIDs) }
+func BenchmarkDecideShort(b *testing.B)     { decide(b, shortIDs) }
+
+func floor(b *testing.B, ids []string) {
+	var h uint64
+	for i := 0; b.Loop(); i++ {
+		h += xxhash.Sum64String(ids[i%len(ids)])
+	}
+	sink = h
+}
+
+func decide(b *testing.B, ids []string) {
+	r := running(b, "bench")
+	b.ReportAllocs()
+	on := uint64(0)
+	for i := 0; b.Loop(); i++ {
+		if r.Decide(Unit{Key: ids[i%len(ids)]}).Enabled() {
+			on++
+		}
+	}
+	sink = on
+}
+
+// BenchmarkDecideSecond asks a second rollout for the unit of one request: each turn is a new request of which the first
+// rollout was asked already.
+func BenchmarkDecideSecond(b *testing.B) {
+	first, second := running(b, "first"), running(b, "second")
+	ctx := NewContext(b.Context(), Unit{Key: longIDs[1]})
+	first.Enabled(ctx)
+	s := scopeOf(ctx)
+	b.ReportAllocs()
+	on := uint64(0)
+	for b.Loop() {
+		s.pins[1].Store(nil)
+		if second.Enabled(ctx) {
+			on++
+		}
+	}
+	sink = on
+}
+
+func BenchmarkRecord(b *testing.B) {
+	r := running(b, "bench")
+	d := r.Decide(Unit{Key: longIDs[0]})
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		d.Record(Errors.Observe(i&127 == 0), Latency.Observe(time.Duration(i&0xffff)*time.Microsecond))
+	}
+}
+
+func BenchmarkDecideParallel(b *testing.B) {
+	r := running(b, "bench")
+	b.RunParallel(func(pb *testing.PB) {
+		for i := 0; pb.Next(); i++ {
+			r.Decide(Unit{Key: longIDs[i%len(longIDs)]})
+		}
+	})
+}
+
+func BenchmarkRecordParallel(b *testing.B) {
+	r := running(b, "bench")
+	d := r.Decide(Unit{Key: longIDs[0]})
+	b.RunParallel(func(pb *testing.PB) {
+		for i := 0; pb.Next(); i++ {
+			d.Record(Errors.Observe(i&127 == 0), Latency.Observe(time.Duration(i&0xffff)*time.Microsecond))
+		}
+	})
+}
+
+// nothing is a response writer that keeps nothing.
+type nothing struct{ h http.Header }
+
+func (n nothing) Header() http.Header         { return n.h }
+func (n nothing) Write(b []byte) (int, error) { return len(b), nil }
+func (n nothing) WriteHeader(int)             {}
+
+func BenchmarkHandlerFloor(b *testing.B) {
+	bare := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	req, w := httptest.NewRequest("GET", "/", nil), nothing{http.Header{}}
+	b.ReportAllocs()
+	for b.Loop() {
+		bare.ServeHTTP(w, req)
+	}
+}
+
+func BenchmarkHandler(b *testing.B) {
+	bare := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	var h http.Handler = bare
+	for i := range 4 {
+		h = running(b, fmt.Sprint("bench", i)).Handler(h, h)
+	}
+	h = Middleware(func(*http.Request) Unit { return Unit{Key: longIDs[0]} })(h)
+	req, w := httptest.NewRequest("GET", "/", nil), nothing{http.Header{}}
+	b.ReportAllocs()
+	for b.Loop() {
+		h.ServeHTTP(w, req)
+	}
+}

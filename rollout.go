@@ -1,0 +1,346 @@
+package rollout
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.opentelemetry.io/otel/metric"
+
+	"github.com/stagedrollout/rollout/internal/judge"
+	"github.com/stagedrollout/rollout/internal/machine"
+)
+
+// Errors that callers tell apart with [errors.Is].
+var (
+	// ErrRunning: Run runs already, of this Rollout or of another one of the same name that shares no Store with it.
+	ErrRunning = errors.New("rollout: already running")
+	// ErrStage: the stage named is not the present one.
+	ErrStage = machine.ErrStage
+	// ErrState: what was asked for makes no sense in the present state.
+	ErrState = machine.ErrState
+	// ErrVersion: this process has another version than the rollout is about.
+	ErrVersion = errors.New("rollout: this process has another version than the rollout is about")
+	// ErrNotStored: the Store did not acknowledge the change. A rollback is nevertheless in force in this process, and Run
+	// keeps writing it.
+	ErrNotStored = errors.New("rollout: not stored")
+)
+
+// Options are what a rollout runs on. The zero value of each field is its default.
+type Options struct {
+	// Store keeps the state across restarts and shares it between processes. Nil keeps it in memory: a restart then
+	// forgets everything, also a rollback. Run says so once.
+	Store Store
+	// Replica names this process. Default: the host's name and a random suffix.
+	Replica string
+	// Interval is the time between two ticks, at each of which the gates are judged. Default: 5 s.
+	Interval time.Duration
+	// Lease is how long the present shares are served while the Store is out of reach; then everybody gets the stable
+	// version until it is back, unless the rollout is Completed. Zero: for ever.
+	Lease time.Duration
+	// IsFailure says which errors of a Do are failures; it is never asked about nil. Default: all.
+	IsFailure func(error) bool
+	// Logger gets a line for each event. Default: slog.Default.
+	Logger *slog.Logger
+	// MeterProvider gets the instruments rollout.*. Default: the OpenTelemetry global.
+	MeterProvider metric.MeterProvider
+}
+
+// Rollout is one change on its way out to everybody. All of its methods may be called from any goroutine and from any
+// callback. Without [Rollout.Run] it answers, but nothing is judged and nothing moves.
+type Rollout struct {
+	name        string
+	policy      Policy // with its defaults
+	plan        *machine.Plan
+	gates       []Gate
+	metrics     []metricView
+	o           Options
+	store       Store
+	shared      bool
+	replica     string
+	incarnation string // of this Rollout: one life of one process
+
+	snap    atomic.Pointer[snapshot] // what decisions see
+	running atomic.Bool
+	wake    chan struct{} // asks Run for a tick now
+	hint    chan struct{} // asks Run for a look at the Store
+
+	noUnit, late, unknown, matchPanics atomic.Uint64
+	firstUnknown                       atomic.Pointer[string] // metric to be logged
+	op                                 atomic.Uint64
+	decoded                            atomic.Pointer[decoded] // the last state loaded
+	stray                              atomic.Int64            // store calls that have not come back
+	asking                             atomic.Bool             // MayAdvance has not come back
+
+	mu          sync.Mutex
+	known       *machine.State // the newest stored state seen; never changed
+	standing    machine.Standing
+	latch       uint64  // generations up to this one are rolled back here, whatever is stored
+	latchAny    bool    // so is the first one that will be loaded
+	intent      *intent // a rollback that is not stored yet
+	stale       bool    // the lease is over
+	storeErr    error   // of the last use of the Store
+	checks      map[string]judge.CheckResult
+	ledgers     []*ledger       // of the epochs that still count, the present one last
+	past        [][2][][]uint64 // outcomes of epochs that no longer count: by ring, cohort and metric
+	pastCounts  [][2]uint64
+	view        snapKey   // of the present snapshot
+	forced      *snapshot // by a test
+	subscribers []*subscriber
+	queue       []Event
+	dropped     uint64
+	queued      chan struct{}
+
+	// Of the goroutine of Run alone.
+	clock         clock
+	unknownLogged bool
+}
+
+// New returns a rollout of the policy, or every problem of it. It starts nothing and does no I/O. o may be nil.
+func New(name string, p Policy, o *Options) (*Rollout, error) {
+	var problems []error
+	if !ringName.MatchString(name) {
+		problems = append(problems, fmt.Errorf("rollout: the name %q must match %s", name, ringName))
+	}
+	if err := p.Validate(); err != nil {
+		problems = append(problems, err)
+	}
+	var opts Options
+	if o != nil {
+		opts = *o
+	}
+	if opts.Interval < 0 {
+		problems = append(problems, fmt.Errorf("rollout: Options.Interval: %v is negative", opts.Interval))
+	}
+	if opts.Lease < 0 {
+		problems = append(problems, fmt.Errorf("rollout: Options.Lease: %v is negative", opts.Lease))
+	}
+	if err := errors.Join(problems...); err != nil {
+		return nil, err
+	}
+	r := &Rollout{
+		name: name, policy: p.withDefaults(name), o: opts,
+		store: opts.Store, shared: opts.Store != nil, replica: opts.Replica,
+		wake: make(chan struct{}, 1), hint: make(chan struct{}, 1), queued: make(chan struct{}, 1),
+		checks: map[string]judge.CheckResult{},
+	}
+	if r.o.Interval == 0 {
+		r.o.Interval = defaultInterval
+	}
+	if r.store == nil {
+		r.store = MemStore()
+	}
+	if r.replica == "" {
+		host, _ := os.Hostname()
+		r.replica = strings.TrimLeft(host+"-"+randomText(), "-")
+	}
+	r.incarnation = randomText()
+	r.gates = r.policy.allGates()
+	for _, m := range r.policy.allMetrics(r.gates) {
+		r.metrics = append(r.metrics, metricView{ref: m, kind: m.Value().kind, never: r.policy.never(m, r.gates)})
+	}
+	plan, err := r.policy.plan(r.gates, r.o.Interval)
+	if err != nil {
+		return nil, fmt.Errorf("rollout: %w", err)
+	}
+	r.plan = plan
+	r.past = make([][2][][]uint64, len(plan.Rings))
+	r.pastCounts = make([][2]uint64, len(plan.Rings))
+	for i := range r.past {
+		for c := range r.past[i] {
+			for _, m := range r.metrics {
+				r.past[i][c] = append(r.past[i][c], make([]uint64, m.kind.cells()))
+			}
+		}
+	}
+	r.snap.Store(r.fixedSnapshot(nil, pack(false, None, ReasonNotLoaded, len(plan.Rings)-1, 0)))
+	return r, nil
+}
+
+// Must is [New] for package-level variables: it panics where New returns an error.
+func Must(name string, p Policy, o *Options) *Rollout {
+	r, err := New(name, p, o)
+	if err != nil {
+		panic(err)
+	}
+	return r
+}
+
+// Name is the rollout's name.
+func (r *Rollout) Name() string {
+	if r == nil {
+		return ""
+	}
+	return r.name
+}
+
+// logger is asked for at each use, so that slog.SetDefault may come after a package-level Must.
+func (r *Rollout) logger() *slog.Logger {
+	if r.o.Logger != nil {
+		return r.o.Logger
+	}
+	return slog.Default()
+}
+
+func randomText() string {
+	var b [6]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return hex.EncodeToString(b[:])
+}
+
+// allMetrics are what the rollout records, each once: Errors, Latency, and what gates and Metrics name.
+func (p *Policy) allMetrics(gates []Gate) []metricRef {
+	ms := []metricRef{Errors.m, Latency.m}
+	add := func(m metricRef) {
+		for _, other := range ms {
+			if m == other {
+				return
+			}
+		}
+		ms = append(ms, m)
+	}
+	for _, g := range gates {
+		if g.kind != judge.Check {
+			add(g.metric)
+		}
+	}
+	for _, m := range p.Metrics {
+		add(m.ref())
+	}
+	return ms
+}
+
+// never reports whether one event of the metric is acted on at once.
+func (p *Policy) never(m metricRef, gates []Gate) bool {
+	for _, g := range gates {
+		if g.kind == judge.Never && g.metric == m {
+			return true
+		}
+	}
+	return false
+}
+
+// specs are the gates as the judge sees them.
+func specs(gates []Gate) []judge.Spec {
+	margined := map[metricRef]bool{}
+	for _, g := range gates {
+		if g.isMargin() {
+			margined[g.metric] = true
+		}
+	}
+	var out []judge.Spec
+	for _, g := range gates {
+		out = append(out, g.spec(g.kind != judge.Check && margined[g.metric]))
+	}
+	return out
+}
+
+// asksProof reports whether stage i wants proof: from ProveFrom of everyone on, or where no such stage has a control, the
+// widest that has one; and the last, if there was none before.
+func (p *Policy) asksProof(i int) bool {
+	s := &p.Stages[i]
+	if s.GuardOnly {
+		return false
+	}
+	last := len(p.Stages) - 1
+	wide, widest := false, -1
+	for j := range p.Stages {
+		t := &p.Stages[j]
+		if !p.hasControl(t) {
+			continue
+		}
+		wide = wide || t.Ring == Everyone && t.Percent >= p.ProveFrom
+		if widest < 0 || p.wider(t, &p.Stages[widest]) {
+			widest = j
+		}
+	}
+	if i == last {
+		return true
+	}
+	if wide {
+		return s.Ring == Everyone && s.Percent >= p.ProveFrom && p.hasControl(s)
+	}
+	return i == widest
+}
+
+// wider reports whether stage s reaches more units than t.
+func (p *Policy) wider(s, t *Stage) bool {
+	a, b := p.ringIndex(s.Ring), p.ringIndex(t.Ring)
+	return a > b || a == b && s.Percent > t.Percent
+}
+
+// plan is the policy as the machine sees it.
+func (p *Policy) plan(gates []Gate, interval time.Duration) (*machine.Plan, error) {
+	all := specs(gates)
+	j, err := judge.New(all, judge.Risk{FalseRollback: p.FalseRollback, FalsePromotion: p.FalsePromotion})
+	if err != nil {
+		return nil, err
+	}
+	plan := &machine.Plan{Version: p.Version, OnDeadline: judge.Action(p.OnDeadline), Judge: j, Tick: interval}
+	for _, r := range p.Rings {
+		plan.Rings = append(plan.Rings, r.Name)
+	}
+	plan.Rings = append(plan.Rings, Everyone)
+	for i := range p.Stages {
+		s := &p.Stages[i]
+		armed := map[string]bool{}
+		for _, g := range p.armed(s) {
+			armed[g.name] = true
+		}
+		st := machine.Stage{
+			StageRef: machine.StageRef{Name: s.Name, Ring: s.Ring, Percent: float64(s.Percent)},
+			Over:     s.Over, Bake: s.Bake, Deadline: s.Deadline,
+			Proof: p.asksProof(i), Last: i == len(p.Stages)-1, Control: p.hasControl(s),
+			Approval: s.Approval, Irreversible: s.Irreversible,
+		}
+		for _, g := range gates {
+			st.Armed = append(st.Armed, armed[g.name])
+		}
+		plan.Stages = append(plan.Stages, st)
+	}
+	for _, s := range p.Rollback {
+		plan.Steps = append(plan.Steps, s.Name)
+	}
+	plan.Assignment = digest(p.Salt, plan.Rings, p.Holdback)
+	plan.Policy = digest(plan.Assignment, plan.Stages, all, plan.OnDeadline, p.ProveFrom, p.FalseRollback, p.FalsePromotion, plan.Steps)
+	return plan, nil
+}
+
+// digest names data: equal data, equal digest.
+func digest(data ...any) string {
+	b, err := json.Marshal(data)
+	if err != nil {
+		panic(err) // only numbers, strings and structs of them come here, and Validate refused NaN
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:8])
+}
+
+// wakeUp asks Run for a tick now. It never waits.
+func (r *Rollout) wakeUp() { signal(r.wake) }
+
+// signal leaves one word in a channel that holds one.
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// unknownMetric counts an observation of a metric the policy does not name; the first is logged.
+func (r *Rollout) unknownMetric(o Observation) {
+	r.unknown.Add(1)
+	if r.firstUnknown.Load() == nil {
+		name := nameOf(o.m)
+		r.firstUnknown.CompareAndSwap(nil, &name)
+	}
+}

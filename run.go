@@ -1,0 +1,255 @@
+package rollout
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/judge"
+	"github.com/stagedrollout/rollout/internal/machine"
+)
+
+// inMemory are the names of the rollouts that run in this process on a Store of their own: two of one name would each
+// decide for itself. It is the package's only shared state; see docs/decisions.md.
+var inMemory sync.Map
+
+// Ready loads the state, so that decisions are right from the first one on; before, they are stable with
+// [ReasonNotLoaded]. Where nothing is stored there is nothing to wait for. It changes nothing in the Store and may be
+// called at any time; Run does the same by itself.
+func (r *Rollout) Ready(ctx context.Context) error {
+	if r == nil {
+		return errNil
+	}
+	st, _, err := r.load(ctx)
+	r.noteStore(err)
+	if err != nil {
+		return fmt.Errorf("rollout: %w", err)
+	}
+	if st == nil {
+		return nil
+	}
+	r.follow(st, machine.Stands(st, r.plan), nil)
+	return nil
+}
+
+var errNil = errors.New("rollout: the Rollout is nil")
+
+// Run judges, promotes and rolls back, once a tick, until ctx ends; then it stores the last evidence and returns nil. It
+// blocks: the goroutine it runs in is the caller's. While the Store fails it goes on with what it knows and raises
+// nothing. It returns an error, at once, only if it cannot run at all: [ErrRunning].
+//
+// Rollback steps, checks and subscribers run in goroutines of Run. When ctx ends they are told by their own contexts, and
+// Run waits a second for them: one that ignores its context is left behind.
+func (r *Rollout) Run(ctx context.Context) error {
+	if r == nil {
+		return errNil
+	}
+	if !r.running.CompareAndSwap(false, true) {
+		return ErrRunning
+	}
+	defer r.running.Store(false)
+	if !r.shared {
+		if _, taken := inMemory.LoadOrStore(r.name, r); taken {
+			return fmt.Errorf("%w: another rollout called %q, and they share no Store", ErrRunning, r.name)
+		}
+		defer inMemory.Delete(r.name)
+		r.logger().Warn("rollout: there is no Store: a restart forgets everything, also a rollback, and other processes decide by themselves", "rollout", r.name)
+	}
+	unregister, err := r.register()
+	if err != nil {
+		r.logger().Error("rollout: no metrics", "rollout", r.name, "err", err)
+	}
+	defer unregister()
+
+	var work sync.WaitGroup
+	for _, g := range r.gates {
+		if g.kind == judge.Check {
+			work.Go(func() { r.watchCheck(ctx, g) })
+		}
+	}
+	work.Go(func() { r.watch(ctx) })
+	stop := make(chan struct{})
+	var told sync.WaitGroup
+	told.Go(func() { r.dispatch(stop) })
+
+	r.loop(ctx, &work)
+
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.storeTimeout())
+	defer cancel()
+	waitFor(&work)
+	r.finish(last)
+	close(stop)
+	waitFor(&told)
+	return nil
+}
+
+// waitFor waits for goroutines that were told to end, but not for ever.
+func waitFor(g *sync.WaitGroup) {
+	done := make(chan struct{})
+	go func() { g.Wait(); close(done) }()
+	t := time.NewTimer(stepGrace + stepGrace/2)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+	}
+}
+
+// loop ticks until ctx ends.
+func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
+	now := time.Now()
+	r.clock = clock{stepped: now, stored: now, loaded: now}
+	ticker := time.NewTicker(r.o.Interval)
+	defer ticker.Stop()
+	steps := make(chan struct{}, 1)
+	// A use of the Store that is under way when ctx ends is not cut short: it has a time-out of its own.
+	unhurried := context.WithoutCancel(ctx)
+	for evaluate := true; ctx.Err() == nil; {
+		if evaluate {
+			r.tick(unhurried, &r.clock)
+		} else {
+			r.refresh(unhurried)
+		}
+		r.logUnknown()
+		if r.rollingBack() {
+			select {
+			case steps <- struct{}{}:
+				work.Go(func() { r.runSteps(ctx); <-steps })
+			default:
+			}
+		}
+		evaluate = true
+		select {
+		case <-ctx.Done():
+		case <-ticker.C:
+		case <-r.wake:
+		case <-r.hint:
+			evaluate = false // a hint may be of our own write: evaluating it would write again
+		}
+	}
+}
+
+// finish stores the last evidence.
+func (r *Rollout) finish(ctx context.Context) {
+	r.clock.stored = time.Time{} // write whatever there is
+	r.tick(ctx, &r.clock)
+}
+
+// rollingBack reports whether there are rollback steps to run.
+func (r *Rollout) rollingBack() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.known != nil && r.known.Phase == machine.RollingBack && r.standing == machine.Current
+}
+
+// watch passes the Store's hints on to the loop.
+func (r *Rollout) watch(ctx context.Context) {
+	for n := 0; ctx.Err() == nil; n++ {
+		_, err := guard(ctx, stepGrace, func(ctx context.Context) (struct{}, error) {
+			return struct{}{}, r.store.Watch(ctx, "rollout/"+r.name+"/", func() { signal(r.hint) })
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		r.logger().Warn("rollout: the Store's watch ended; it is looked at once a tick, and watched again", "rollout", r.name, "err", err)
+		if !sleep(ctx, backoff(n)) {
+			return
+		}
+	}
+}
+
+// logUnknown logs the first observation of a metric that the policy does not name.
+func (r *Rollout) logUnknown() {
+	if name := r.firstUnknown.Load(); name != nil && !r.unknownLogged {
+		r.unknownLogged = true
+		r.logger().Warn("rollout: an observation of a metric that no gate and not Policy.Metrics names is dropped, as all such are", "rollout", r.name, "metric", *name)
+	}
+}
+
+// verb has an operator's wish carried out in the stored state.
+func (r *Rollout) verb(ctx context.Context, v machine.Verb) error {
+	if r == nil {
+		return errNil
+	}
+	r.mu.Lock()
+	v.Checks = r.checks
+	r.mu.Unlock()
+	_, err := r.update(ctx, func(st *machine.State) ([]machine.Event, error) {
+		if machine.Stands(st, r.plan) != machine.Current {
+			switch v.Name {
+			case machine.VerbRollback, machine.VerbHold, machine.VerbRestart:
+			default:
+				return nil, fmt.Errorf("%w: %q, not %q", ErrVersion, st.Version, r.plan.Version)
+			}
+		}
+		v.Now, v.Nonce = time.Now(), randomText()
+		events, err := machine.Apply(st, r.plan, v)
+		if err != nil {
+			return nil, fmt.Errorf("rollout: %s: %w", v.Name, err)
+		}
+		return events, nil
+	})
+	r.wakeUp()
+	return err
+}
+
+// Approve lets a stage with Approval be left, once it is baked and proven. It returns [ErrStage] unless stage is the
+// present one. The note says who and why; it is stored and shown.
+func (r *Rollout) Approve(ctx context.Context, stage, note string) error {
+	return r.verb(ctx, machine.Verb{Name: machine.VerbApprove, Stage: stage, Note: note})
+}
+
+// Advance leaves a stage now: without its bake, its proof or its approval. It is refused with [ErrState] while a gate is
+// Unhealthy, and with [ErrStage] unless stage is the present one.
+func (r *Rollout) Advance(ctx context.Context, stage, note string) error {
+	return r.verb(ctx, machine.Verb{Name: machine.VerbAdvance, Stage: stage, Note: note})
+}
+
+// Hold stays in the present stage until [Rollout.Resume]. Gates stay armed, and the deadline's clock stands still.
+func (r *Rollout) Hold(ctx context.Context, note string) error {
+	return r.verb(ctx, machine.Verb{Name: machine.VerbHold, Note: note})
+}
+
+// Resume ends a hold, whoever or whatever began it, and what [Rollout.SetPercent] set. After a gate's hold the evidence
+// against the candidate starts anew.
+func (r *Rollout) Resume(ctx context.Context, note string) error {
+	return r.verb(ctx, machine.Verb{Name: machine.VerbResume, Note: note})
+}
+
+// Rollback gives everybody the stable version. Once it has returned, no new decision in this process is Candidate,
+// whatever the error; decisions given before keep their answers. If the Store does not take it the error is
+// [ErrNotStored], and Run keeps writing it. Rollback steps run in Run. When Stuck, it tries the steps again.
+func (r *Rollout) Rollback(ctx context.Context, note string) error {
+	if r == nil {
+		return errNil
+	}
+	in := &intent{note: note}
+	r.mu.Lock()
+	if r.known != nil {
+		in.gen = r.known.Gen
+	}
+	r.mu.Unlock()
+	r.latchHere(in)
+	return r.verb(ctx, machine.Verb{Name: machine.VerbRollback, Note: note})
+}
+
+// RollbackRing gives one ring the stable version until the rollout is restarted; the others stay as they are. Rollback
+// steps do not run. A stage of this ring is held: advance past it, or restart.
+func (r *Rollout) RollbackRing(ctx context.Context, ring, note string) error {
+	return r.verb(ctx, machine.Verb{Name: machine.VerbRollbackRing, Ring: ring, Note: note})
+}
+
+// SetPercent gives a ring a share of p percent, 0 allowed, and holds until [Rollout.Resume], which restores the stage's
+// shares. Rings inside of it have at least as much, unless set themselves.
+func (r *Rollout) SetPercent(ctx context.Context, ring string, p Percent, note string) error {
+	return r.verb(ctx, machine.Verb{Name: machine.VerbSetPercent, Ring: ring, Percent: float64(p), Note: note})
+}
+
+// Restart begins a new generation with this process's version, from the first stage and with nobody exposed. It is the
+// only way to expose a version again that was rolled back. It is refused with [ErrState] while a rollback is not
+// finished.
+func (r *Rollout) Restart(ctx context.Context, note string) error {
+	return r.verb(ctx, machine.Verb{Name: machine.VerbRestart, Note: note})
+}

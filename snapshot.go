@@ -1,0 +1,219 @@
+package rollout
+
+import (
+	"slices"
+	"sync/atomic"
+
+	"github.com/cespare/xxhash/v2"
+
+	"github.com/stagedrollout/rollout/internal/evidence"
+	"github.com/stagedrollout/rollout/internal/machine"
+)
+
+// snapshot is everything a decision needs, immutable but for the evidence behind it. A rollout swaps it whole.
+type snapshot struct {
+	r       *Rollout
+	gen     uint64
+	epoch   uint64
+	version string
+	stage   string
+	salt    uint64 // hash of the salt
+	fixed   bits   // the answer for everybody, if not zero
+	never   bool   // fixed: no unit is looked at
+	plain   bool   // a unit with a key and no groups is answered by the last ring and its bucket
+	asks    bool   // some ring has a Match
+	rings   []ringView
+	last    *ringView // of everyone
+	metrics []metricView
+	over    *atomic.Bool // its evidence counts no more
+}
+
+// ringView is one ring as decisions see it, in one epoch.
+type ringView struct {
+	limit  uint64 // bucket below which a unit is in
+	kept   uint64 // bucket from which on a unit is held back
+	all    bool   // every unit is in, keyed or not
+	closed bool   // the answer is fixed, for every unit
+	index  uint8
+	fixed  bits                 // the answer while closed
+	in     bits                 // the answer for a unit that is in, but for its group
+	out    bits                 // for one that is not
+	back   bits                 // for one that is held back
+	counts *[2]evidence.Counter // decisions, by cohort
+
+	name     string
+	match    func(Unit) bool
+	outcomes [2][]*evidence.Table // by cohort and metric
+}
+
+// metricView is one metric as records see it.
+type metricView struct {
+	ref   metricRef
+	kind  metricKind
+	never bool // an event of the candidate is acted on at once
+}
+
+// decide is the answer for a unit; key is the hash of its key.
+func (s *snapshot) decide(u *Unit, key uint64) (*ringView, bits) {
+	v := s.last
+	if s.asks || len(u.Groups) > 0 {
+		v = s.ringOf(u)
+	}
+	if v.closed || u.Key == "" {
+		return v, v.special()
+	}
+	return v, v.answer(bucketOf(s.salt, key))
+}
+
+// answer is the answer for a bucket. It is written without a branch, because a processor cannot foresee a bucket.
+func (v *ringView) answer(b uint64) bits {
+	a := v.out
+	if b >= v.kept {
+		a = v.back
+	}
+	if b < v.limit {
+		a = v.in
+	}
+	return a | bits(b%evidence.Groups)<<groupShift
+}
+
+// decision is decide without counting.
+func (s *snapshot) decision(u *Unit, key uint64) Decision {
+	_, b := s.decide(u, key)
+	return Decision{s, b}
+}
+
+// special is the answer where no bucket is asked for: a ring that is closed, or a unit without a key.
+func (v *ringView) special() bits {
+	switch {
+	case v.closed:
+		return v.fixed
+	case v.all:
+		return pack(true, None, ReasonFull, int(v.index), 0)
+	}
+	return pack(false, None, ReasonNoUnit, int(v.index), 0)
+}
+
+// count counts a decision.
+func (s *snapshot) count(v *ringView, b bits) {
+	if c := b.cohort(); c != None {
+		v.count(b)
+	} else if b.reason() == ReasonNoUnit {
+		s.r.noUnit.Add(1)
+	}
+}
+
+// count counts an answer of cohort Control or Candidate.
+func (v *ringView) count(b bits) {
+	v.counts[b>>cohortShift&2>>1].Inc(evidence.Shard())
+}
+
+// ringOf is the first ring that takes u; the last takes everybody.
+func (s *snapshot) ringOf(u *Unit) *ringView {
+	last := len(s.rings) - 1
+	for i := range s.rings[:last] {
+		v := &s.rings[i]
+		if v.match == nil {
+			if u.contains(v.name) {
+				return v
+			}
+		} else if s.r.matches(v.match, u) {
+			return v
+		}
+	}
+	return s.last
+}
+
+// matches asks a ring's Match; a panic is no match.
+func (r *Rollout) matches(match func(Unit) bool, u *Unit) (ok bool) {
+	defer func() {
+		if p := recover(); p != nil {
+			r.matchPanics.Add(1)
+			ok = false
+		}
+	}()
+	return match(*u)
+}
+
+// fixedSnapshot answers the same for everybody.
+func (r *Rollout) fixedSnapshot(st *machine.State, answer bits) *snapshot {
+	s := &snapshot{r: r, fixed: answer, never: true, over: &atomic.Bool{}}
+	s.over.Store(true)
+	if st != nil {
+		s.gen, s.epoch, s.version, s.stage = st.Gen, st.Epoch, st.Version, st.Stage.Name
+	}
+	for i, name := range r.plan.Rings {
+		s.rings = append(s.rings, ringView{name: name, index: uint8(i), closed: true, fixed: answer})
+	}
+	s.last = &s.rings[len(s.rings)-1]
+	return s
+}
+
+// newSnapshot is the state as decisions see it, with cells of its own.
+func (r *Rollout) newSnapshot(st *machine.State) *snapshot {
+	everyone := len(r.plan.Rings) - 1
+	switch {
+	case st.Phase.Latched():
+		return r.fixedSnapshot(st, pack(false, None, ReasonRolledBack, everyone, 0))
+	case st.Phase == machine.Pending:
+		return r.fixedSnapshot(st, pack(false, None, ReasonOff, everyone, 0))
+	case st.Phase == machine.Completed && len(st.Rings) == 0:
+		return r.fixedSnapshot(st, pack(true, None, ReasonCompleted, everyone, 0))
+	}
+	s := &snapshot{
+		r: r, gen: st.Gen, epoch: st.Epoch, version: st.Version, stage: st.Stage.Name,
+		salt: xxhash.Sum64String(r.policy.Salt), over: &atomic.Bool{}, metrics: r.metrics,
+	}
+	for i, name := range r.plan.Rings {
+		v := ringView{name: name, index: uint8(i)}
+		if i < everyone {
+			v.match = r.policy.Rings[i].Match
+			s.asks = s.asks || v.match != nil
+		}
+		switch share := Percent(st.Shares[name]); {
+		case slices.Contains(st.Rings, name):
+			v.closed, v.fixed = true, pack(false, None, ReasonRolledBack, i, 0)
+		case st.Phase == machine.Completed:
+			v.closed, v.fixed = true, pack(true, None, ReasonCompleted, i, 0)
+		case share == 0:
+			v.closed, v.fixed = true, pack(false, None, ReasonOff, i, 0)
+		default:
+			r.open(&v, share)
+		}
+		s.rings = append(s.rings, v)
+	}
+	s.last = &s.rings[everyone]
+	s.plain = !s.asks && !s.last.closed
+	return s
+}
+
+// open gives a ring with a share its thresholds and its cells.
+func (r *Rollout) open(v *ringView, share Percent) {
+	i := int(v.index)
+	held := r.policy.Holdback.threshold()
+	v.in = pack(true, Candidate, ReasonSplit, i, 0)
+	v.out = pack(false, Control, ReasonSplit, i, 0)
+	v.back = v.out
+	if v.kept = -held; held > 0 {
+		v.back = pack(false, Control, ReasonHoldback, i, 0)
+	}
+	switch {
+	case share < 100:
+		v.limit = share.threshold()
+		if held > 0 {
+			v.limit = min(v.limit, v.kept)
+		}
+	case held > 0:
+		v.in = pack(true, Candidate, ReasonFull, i, 0)
+		v.limit = v.kept
+	default:
+		v.in = pack(true, Candidate, ReasonFull, i, 0)
+		v.out, v.back, v.all = v.in, v.in, true
+	}
+	v.counts = new([2]evidence.Counter)
+	for c := range v.outcomes {
+		for _, m := range r.metrics {
+			v.outcomes[c] = append(v.outcomes[c], evidence.NewTable(m.kind.cells(), m.kind == rateKind))
+		}
+	}
+}
