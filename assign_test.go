@@ -120,7 +120,11 @@ func TestAssignmentFollowsTheFormula(t *testing.T) {
 			s := r.snap.Load()
 			for _, b := range []uint64{b - 1, b, b + 1, 0, math.MaxUint64, share.threshold() - 1, share.threshold(), -h.threshold() - 1, -h.threshold()} {
 				enabled, c, why := wantedAnswer(b, share, h)
-				checkDecision(t, fmt.Sprintf("bucket %d, share %v, holdback %v", b, share, h), s.decision(&Unit{Key: "k"}, unmix(b)^s.salt), enabled, c, why)
+				d := s.decision(&Unit{Key: "k"}, unmix(b)^s.salt)
+				checkDecision(t, fmt.Sprintf("bucket %d, share %v, holdback %v", b, share, h), d, enabled, c, why)
+				if c != None && d.bits.group() != b&63 {
+					t.Fatalf("bucket %d is of group %d", b, d.bits.group())
+				}
 			}
 			salt := p.Salt
 			if salt == "" {
@@ -305,7 +309,7 @@ func TestFirstRingWins(t *testing.T) {
 		var rings []Ring
 		var kinds []string
 		for i := range rapid.IntRange(0, len(names)).Draw(t, "rings") {
-			kind := rapid.SampledFrom([]string{"group", "all", "none", "long key", "panic", "nil panic"}).Draw(t, "kind")
+			kind := rapid.SampledFrom([]string{"group", "all", "none", "long key", "panic", "bounds panic"}).Draw(t, "kind")
 			ring := Ring{Name: names[i]}
 			switch kind {
 			case "all":
@@ -316,8 +320,8 @@ func TestFirstRingWins(t *testing.T) {
 				ring.Match = func(u Unit) bool { return len(u.Key) > 3 }
 			case "panic":
 				ring.Match = func(Unit) bool { panic("no idea") }
-			case "nil panic":
-				ring.Match = func(u Unit) bool { var m map[string]int; m[u.Key]++; return true }
+			case "bounds panic":
+				ring.Match = func(u Unit) bool { return u.Groups[len(u.Groups)] == "" }
 			}
 			rings, kinds = append(rings, ring), append(kinds, kind)
 		}
@@ -330,7 +334,7 @@ func TestFirstRingWins(t *testing.T) {
 		first:
 			for i, kind := range kinds {
 				switch kind {
-				case "panic", "nil panic":
+				case "panic", "bounds panic":
 					panics++
 				case "group":
 					if slices.Contains(u.Groups, names[i]) {

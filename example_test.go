@@ -42,7 +42,7 @@ func start(r *rollout.Rollout) (stop func()) {
 // halves is a rollout whose first stage gives half of the units the candidate.
 func halves(name string) *rollout.Rollout {
 	return rollout.Must(name, rollout.Policy{
-		Salt:   "checkout-v2", // the same units in every example: alice is in, bob is not
+		Salt:   "page", // the same units in every example: alice is in, bob is not
 		Stages: rollout.Percentages(50, 100),
 		Gates:  []rollout.Gate{rollout.Errors.AtMost(5)},
 	}, quiet)
@@ -157,7 +157,7 @@ func ExampleRollout_Decide() {
 	// Output:
 	// before anything is loaded: not loaded
 	// "alice": true, candidate, split
-	// "bob": true, candidate, split
+	// "bob": false, control, split
 	// "carol": false, control, split
 	// "": false, none, no unit
 }
@@ -179,8 +179,8 @@ func ExampleRollout_Do() {
 	// Output:
 	// new work
 	// alice too new
-	// new work
-	// bob too new
+	// old work
+	// bob <nil>
 }
 
 func ExampleDo() {
@@ -194,7 +194,7 @@ func ExampleDo() {
 	}
 	// Output:
 	// alice 41 <nil>
-	// bob 41 <nil>
+	// bob 42 <nil>
 }
 
 func ExampleMiddleware() {
@@ -216,7 +216,7 @@ func ExampleMiddleware() {
 	}
 	// Output:
 	// alice: 500 new page, and it fails
-	// bob: 500 new page, and it fails
+	// bob: 200 old page
 }
 
 func ExampleRollout_Handler() {
@@ -238,7 +238,7 @@ func ExampleRollout_Handler() {
 	fmt.Println("without a unit:", r.Status().NoUnit)
 	// Output:
 	// "alice": new
-	// "bob": new
+	// "bob": old
 	// "": old
 	// without a unit: 1
 }
@@ -310,7 +310,7 @@ func ExampleRollout_Run() {
 func ExampleRollout_Rollback() {
 	undone := ""
 	r := rollout.Must("index-v2", rollout.Policy{
-		Salt:   "checkout-v2",
+		Salt:   "page",
 		Stages: rollout.Percentages(50, 100),
 		Gates:  []rollout.Gate{rollout.Errors.AtMost(5)},
 		Rollback: []rollout.RollbackStep{

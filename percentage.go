@@ -1,7 +1,6 @@
 package rollout
 
 import (
-	"math"
 	"strconv"
 	"time"
 )
@@ -19,9 +18,6 @@ func (p Percent) threshold() uint64 { return uint64(float64(p) / 100 * (1 << 64)
 
 // share reports whether p can be the share of a stage: above 0 and at most 100.
 func (p Percent) share() bool { return p > 0 && p <= 100 }
-
-// finite reports whether p is an ordinary number.
-func (p Percent) finite() bool { return !math.IsNaN(float64(p)) && !math.IsInf(float64(p), 0) }
 
 // Percentages returns one [Stage] of [Everyone] for each percentage.
 func Percentages(ps ...Percent) []Stage {

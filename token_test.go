@@ -230,7 +230,11 @@ func TestTokenOfThePastIsLate(t *testing.T) {
 				readyAll(t, other)
 			}
 			for i, r := range rs {
-				for _, d := range []Decision{parseToken(t, r, token), parseToken(t, r, token)} {
+				said := []Decision{parseToken(t, r, token)}
+				if i == 0 {
+					said = append(said, d)
+				}
+				for _, d := range said {
 					before, _ := evidenceOf(r)
 					late := r.Status().Late
 					d.Record(Errors.Observe(true), Latency.Observe(1), Errors.Observe(false))
@@ -262,31 +266,33 @@ func restartForTest(r *Rollout) error {
 	return r.startForTest(context.Background())
 }
 
-// A token that was cut or altered is refused, or says what it saying before.
+// A token that was cut, or altered in any one byte, is refused or says what it said before.
 func TestTokenIsWholeOrRefused(t *testing.T) {
 	r := running(t, "whole")
-	rapid.Check(t, func(t *rapid.T) {
-		u := Unit{Key: rapid.SampledFrom([]string{"", "a", "b"}).Draw(t, "key"), Groups: rapid.SampledFrom([][]string{nil, {"staff"}}).Draw(t, "groups")}
+	for _, u := range []Unit{{Key: "a"}, {}, {Key: "b", Groups: []string{"staff"}}} {
 		d := r.Peek(u)
 		token := []byte(tokenOf(t, d))
-		switch rapid.IntRange(0, 3).Draw(t, "how") {
-		case 0:
-			token = token[:rapid.IntRange(0, len(token)-1).Draw(t, "length")]
-		case 1:
-			token = append(token, rapid.SliceOfN(rapid.Byte(), 1, 3).Draw(t, "more")...)
-		case 2:
-			token[rapid.IntRange(0, len(token)-1).Draw(t, "at")] ^= rapid.ByteRange(1, 255).Draw(t, "flip")
-		case 3:
-			token = slices.Insert(token, rapid.IntRange(0, len(token)).Draw(t, "at"), rapid.Byte().Draw(t, "byte"))
+		try := func(altered []byte) {
+			got, err := r.ParseDecision(altered)
+			switch {
+			case err == nil && got != d:
+				t.Errorf("%q is %+v, not %+v", altered, sayingOf(got), sayingOf(d))
+			case err != nil && (got != Decision{} || !strings.HasPrefix(err.Error(), "rollout: ")):
+				t.Errorf("%+v with the error %q", sayingOf(got), err)
+			}
 		}
-		got, err := r.ParseDecision(token)
-		switch {
-		case err == nil && got != d:
-			t.Fatalf("%q is %+v, not %+v", token, sayingOf(got), sayingOf(d))
-		case err != nil && (got != Decision{} || !strings.HasPrefix(err.Error(), "rollout: ")):
-			t.Fatalf("%+v with the error %q", sayingOf(got), err)
+		for i := range token {
+			try(token[:i])
+			try(token[i+1:])
+			try(slices.Delete(slices.Clone(token), i, i+1))
+			for b := range 256 {
+				altered := slices.Clone(token)
+				altered[i] = byte(b)
+				try(altered)
+				try(slices.Insert(slices.Clone(token), i, byte(b)))
+			}
 		}
-	})
+	}
 }
 
 func TestTokenErrorsAreClear(t *testing.T) {
@@ -308,7 +314,7 @@ func TestTokenErrorsAreClear(t *testing.T) {
 		"of no rollout":        {none, token, []string{`the rollout "clear"`}},
 		"of an unknown ring":   {r, signAgain("d1:clear:1:5:nobody:g:x"), []string{`ring "nobody"`, "not in the policy"}},
 		"of an unknown cohort": {r, signAgain("d1:clear:1:5:staff:7:x"), []string{"not a decision's token"}},
-		"of too many bits":     {r, signAgain("d1:clear:1:5:staff:zzzzzzzz:x"), []string{"not a decision's token"}},
+		"of too many bits":     {r, signAgain("d1:clear:1:5:staff:" + strconv.FormatUint(1<<32|uint64(pack(true, Candidate, ReasonSplit, 0, 0)), 36) + ":x"), []string{"not a decision's token"}},
 		"of too many digits":   {r, signAgain("d1:clear:" + strings.Repeat("z", 40) + ":5:staff:g:x"), []string{"not a decision's token", "out of range"}},
 		"of a negative epoch":  {r, signAgain("d1:clear:1:-5:staff:g:x"), []string{"not a decision's token"}},
 	} {

@@ -64,6 +64,7 @@ func TestGoodPoliciesAreAccepted(t *testing.T) {
 		"canary and ramp":         {Stages: []Stage{Canary(1), Ramp(time.Hour, 100)}, Holdback: 1, Bake: time.Minute, Gates: []Gate{Errors.Within(1)}},
 		"of any fineness":         {Stages: Percentages(0.001, 0.002, 99.999, 100), Holdback: 0.001, Bake: time.Minute, Gates: []Gate{Errors.Within(0.001)}},
 		"proof asked everywhere":  {Stages: Percentages(1, 100), ProveFrom: 0.5, Gates: []Gate{Errors.AtMost(1)}},
+		"guards before the proof": {Stages: []Stage{{Percent: 49}, {Percent: 50, Gates: []Gate{Errors.AtMost(1)}}, {Percent: 100, GuardOnly: true}}, Bake: time.Minute, Gates: []Gate{Errors.Never()}},
 		"an inner ring within":    {Rings: []Ring{{Name: "a"}}, Stages: []Stage{{Percent: 5}, {Ring: "a", Percent: 6}, {Percent: 100}}, Gates: []Gate{Errors.AtMost(1)}},
 		"a guard that stands":     {Stages: Percentages(100), Gates: []Gate{Errors.Within(1), Errors.Never().OnFail(Rollback), Check("alerts", alwaysHealthy)}},
 		"a deadline that reverts": {Stages: Percentages(100), OnDeadline: Rollback, Gates: []Gate{Errors.AtMost(1)}},
