@@ -3,6 +3,7 @@ package rollout
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"testing"
@@ -37,7 +38,7 @@ func running(tb testing.TB, name string) *Rollout {
 		Bake:     time.Minute,
 		Holdback: 5,
 		Gates:    []Gate{Errors.Within(1), Errors.AtMost(10), Latency.Quantile(0.99).WithinFactor(1.2)},
-	}, nil)
+	}, &Options{Logger: slog.New(slog.DiscardHandler)})
 	ctx := context.Background()
 	for _, stage := range []string{"staff 50 %", "beta 50 %"} {
 		if err := r.startForTest(ctx); err != nil {
@@ -86,17 +87,38 @@ func decide(b *testing.B, ids []string) {
 	sink = on
 }
 
-// BenchmarkDecideSecond asks a second rollout for the unit of one request: each turn is a new request of which the first
-// rollout was asked already.
+// BenchmarkDecideSecond asks a second rollout for the unit of a request that asked another one before: what is decided,
+// counted and kept for the request, each time anew.
 func BenchmarkDecideSecond(b *testing.B) {
+	first, second := running(b, "first"), running(b, "second")
+	requests := make([]scope, 64)
+	on, i := uint64(0), len(requests)
+	b.ReportAllocs()
+	for b.Loop() {
+		if i == len(requests) {
+			b.StopTimer()
+			for i = range requests {
+				requests[i] = scope{Context: context.Background(), unit: Unit{Key: longIDs[i]}}
+				first.Enabled(&requests[i])
+			}
+			i = 0
+			b.StartTimer()
+		}
+		if second.Enabled(&requests[i]) {
+			on++
+		}
+		i++
+	}
+	sink = on
+}
+
+// BenchmarkDecideAgain asks a rollout that has answered in the request.
+func BenchmarkDecideAgain(b *testing.B) {
 	first, second := running(b, "first"), running(b, "second")
 	ctx := NewContext(b.Context(), Unit{Key: longIDs[1]})
 	first.Enabled(ctx)
-	s := scopeOf(ctx)
-	b.ReportAllocs()
 	on := uint64(0)
 	for b.Loop() {
-		s.pins[1].Store(nil)
 		if second.Enabled(ctx) {
 			on++
 		}

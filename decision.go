@@ -62,12 +62,12 @@ type Decision struct {
 type bits uint32
 
 const (
-	enabledBit  bits = 1
-	cohortShift      = 1
-	reasonShift      = 3
-	ringShift        = 8
-	groupShift       = 16
-	maxRings         = 200 // of the 256 that fit
+	enabledBit  = bits(1)
+	cohortShift = 1
+	reasonShift = 3
+	ringShift   = 8
+	groupShift  = 16
+	maxRings    = 200 // of the 256 that fit
 )
 
 func pack(enabled bool, c Cohort, r Reason, ring int, group uint64) bits {

@@ -8,7 +8,7 @@ import (
 
 // nameIn is the name of an enumerator, or its number if it has none.
 func nameIn(names []string, i int) string {
-	if i < len(names) {
+	if i < len(names) && names[i] != "" {
 		return names[i]
 	}
 	return strconv.Itoa(i)
@@ -17,7 +17,7 @@ func nameIn(names []string, i int) string {
 // parseIn sets v to the enumerator called text.
 func parseIn(names []string, text []byte, v *uint8) error {
 	i := slices.Index(names, string(text))
-	if i < 0 {
+	if i < 0 || len(text) == 0 {
 		return fmt.Errorf("rollout: %q is none of %q", text, names)
 	}
 	*v = uint8(i)

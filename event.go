@@ -93,6 +93,9 @@ func (r *Rollout) Subscribe(f func(Event)) (stop func()) {
 	if f == nil {
 		panic("rollout: Subscribe: the function is nil")
 	}
+	if r == nil {
+		return func() {}
+	}
 	s := &subscriber{f}
 	r.mu.Lock()
 	r.subscribers = append(r.subscribers[:len(r.subscribers):len(r.subscribers)], s)

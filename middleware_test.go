@@ -172,7 +172,7 @@ func TestMiddlewareWhatIsAnError(t *testing.T) {
 		{name: "404", handle: http.NotFound},
 		{name: "499", handle: func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(499) }},
 		{name: "500", handle: func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) }, bad: true},
-		{name: "503", handle: func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "busy", 503) }, bad: true},
+		{name: "503", handle: func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "busy", http.StatusServiceUnavailable) }, bad: true},
 		{name: "the first status counts, 200", handle: func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(200); w.WriteHeader(500) }},
 		{name: "the first status counts, 500", handle: func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500); w.Write(nil) }, bad: true},
 		{name: "500 after the body began", handle: func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("a")); w.WriteHeader(500) }},

@@ -67,12 +67,12 @@ func (s *snapshot) decide(u *Unit, key uint64) (*ringView, bits) {
 
 // answer is the answer for a bucket. It is written without a branch, because a processor cannot foresee a bucket.
 func (v *ringView) answer(b uint64) bits {
-	a := v.out
+	in, back, a := v.in, v.back, v.out // loaded first, or the compiler branches
 	if b >= v.kept {
-		a = v.back
+		a = back
 	}
 	if b < v.limit {
-		a = v.in
+		a = in
 	}
 	return a | bits(b%evidence.Groups)<<groupShift
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"reflect"
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/judge"
@@ -137,8 +138,8 @@ func (v *validator) metrics() {
 	}
 	for i, m := range v.p.Metrics {
 		where := fmt.Sprintf("Policy.Metrics[%d]", i)
-		if m == nil || m.ref() == (metricRef{}) {
-			v.bad("%s: nil or the zero value; make metrics with NewRate or NewTiming", where)
+		if m == nil || reflect.ValueOf(m).Kind() == reflect.Pointer || m.ref() == (metricRef{}) {
+			v.bad("%s: nil, a pointer or the zero value; make metrics with NewRate or NewTiming", where)
 			continue
 		}
 		if !ringName.MatchString(m.Name()) {
