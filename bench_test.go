@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -91,23 +92,16 @@ func decide(b *testing.B, ids []string) {
 // counted and kept for the request, each time anew.
 func BenchmarkDecideSecond(b *testing.B) {
 	first, second := running(b, "first"), running(b, "second")
-	requests := make([]scope, 64)
-	on, i := uint64(0), len(requests)
+	request := &scope{Context: context.Background(), unit: Unit{Key: longIDs[1]}}
+	ctx := context.Context(request)
+	first.Enabled(ctx)
+	on := uint64(0)
 	b.ReportAllocs()
 	for b.Loop() {
-		if i == len(requests) {
-			b.StopTimer()
-			for i = range requests {
-				requests[i] = scope{Context: context.Background(), unit: Unit{Key: longIDs[i]}}
-				first.Enabled(&requests[i])
-			}
-			i = 0
-			b.StartTimer()
-		}
-		if second.Enabled(&requests[i]) {
+		request.pins[1] = atomic.Pointer[snapshot]{}
+		if second.Enabled(ctx) {
 			on++
 		}
-		i++
 	}
 	sink = on
 }

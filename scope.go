@@ -14,11 +14,13 @@ import (
 type scope struct {
 	context.Context
 
-	once   sync.Once // guards the asking of unitOf
+	once   sync.Once   // guards the asking of unitOf
+	known  atomic.Bool // the unit is known: once is done
 	unitOf func(*http.Request) Unit
 	req    *http.Request
 	unit   Unit
 	hash   uint64
+	plain  bool // the unit has a key and no groups
 
 	records bool                        // whoever made the scope records what comes of it
 	outer   *scope                      // what it already answered for the same unit stands; may be nil
@@ -86,6 +88,8 @@ func (s *scope) ask() {
 		s.unit = s.unitOf(s.req)
 	}
 	s.hash = xxhash.Sum64String(s.unit.Key)
+	s.plain = s.unit.Key != "" && len(s.unit.Groups) == 0
+	s.known.Store(true)
 }
 
 // decide is r's answer in this scope, given and counted once.
@@ -95,25 +99,37 @@ func (s *scope) decide(r *Rollout) Decision {
 			return d
 		}
 	}
-	u := s.who()
+	if !s.known.Load() {
+		s.who()
+	}
 	for i := range s.pins {
 		at := s.pins[i].Load()
 		if at == nil {
-			now, again := s.present(r)
+			now, again := r.snap.Load(), false
+			if s.outer != nil {
+				now, again = s.present(r)
+			}
 			if s.pins[i].CompareAndSwap(nil, now) {
-				v, b := now.decide(u, s.hash)
-				if !again {
-					now.count(v, b)
+				if again {
+					return now.decision(&s.unit, s.hash)
 				}
-				return Decision{now, b}
+				if now.plain && s.plain {
+					b := now.last.answer(bucketOf(now.salt, s.hash))
+					now.last.count(b)
+					return Decision{now, b}
+				}
+				return now.counted(&s.unit, s.hash)
 			}
 			at = s.pins[i].Load()
 		}
 		if at.r == r {
-			return at.decision(u, s.hash)
+			if at.plain && s.plain {
+				return Decision{at, at.last.answer(bucketOf(at.salt, s.hash))}
+			}
+			return at.decision(&s.unit, s.hash)
 		}
 	}
-	return s.decideMore(r, u)
+	return s.decideMore(r, s.who())
 }
 
 // decideMore is decide for a request that asks more rollouts than most.
@@ -128,11 +144,10 @@ func (s *scope) decideMore(r *Rollout, u *Unit) Decision {
 	at, again := s.present(r)
 	s.more.pins = append(s.more.pins, at)
 	s.more.Unlock()
-	v, b := at.decide(u, s.hash)
-	if !again {
-		at.count(v, b)
+	if again {
+		return at.decision(u, s.hash)
 	}
-	return Decision{at, b}
+	return at.counted(u, s.hash)
 }
 
 // present is the snapshot that a first answer is given by, and whether it is that of an outer scope: no first one then.
@@ -228,12 +243,15 @@ func (r *Rollout) Decide(u Unit) Decision {
 		s.last.count(b)
 		return Decision{s, b}
 	}
+	return s.ask(u)
+}
+
+// ask is the answer for a unit, counted.
+func (s *snapshot) ask(u Unit) Decision {
 	if s.never {
 		return Decision{s, s.fixed}
 	}
-	v, b := s.decide(&u, xxhash.Sum64String(u.Key))
-	s.count(v, b)
-	return Decision{s, b}
+	return s.counted(&u, xxhash.Sum64String(u.Key))
 }
 
 // Peek is [Rollout.Decide] without counting: for a look at the answer that nothing comes of.
@@ -250,6 +268,9 @@ func (r *Rollout) Peek(u Unit) Decision {
 func (r *Rollout) DecideContext(ctx context.Context) Decision {
 	if r == nil {
 		return Decision{}
+	}
+	if s, ok := ctx.(*scope); ok { // no one has put a context around it
+		return s.decide(r)
 	}
 	if s := scopeOf(ctx); s != nil {
 		return s.decide(r)

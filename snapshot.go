@@ -83,6 +83,13 @@ func (s *snapshot) decision(u *Unit, key uint64) Decision {
 	return Decision{s, b}
 }
 
+// counted is decide with counting.
+func (s *snapshot) counted(u *Unit, key uint64) Decision {
+	v, b := s.decide(u, key)
+	s.count(v, b)
+	return Decision{s, b}
+}
+
 // special is the answer where no bucket is asked for: a ring that is closed, or a unit without a key.
 func (v *ringView) special() bits {
 	switch {

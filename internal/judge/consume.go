@@ -232,7 +232,9 @@ func (g *gate) consume(s *Gate, mem *Memory, b Block, n, m uint64, proof bool) {
 		x := event(b.Candidate)
 		s.Candidate.add(n, x)
 		s.Control.add(m, event(b.Control))
-		if x > 0 && !s.Broken {
+		known := min(x, s.Ahead)
+		s.Ahead -= known
+		if x > known && !s.Broken {
 			s.Broken, s.Cause = true, fmt.Sprintf("%d of %d candidate outcomes are what must never happen", s.Candidate.X, s.Candidate.N)
 		}
 		return
@@ -414,6 +416,22 @@ func (j *Judge) Prune(st *State) {
 	}
 }
 
+// Breach breaks the active Never gates of a metric at once: events of the
+// candidate were seen that no block holds yet. The block that will is no news.
+func (j *Judge) Breach(st *State, metric string, events uint64, active func(gate int) bool) {
+	for i := range j.gates {
+		g := &j.gates[i]
+		if g.Kind != Never || g.Metric != metric || !active(i) || events == 0 {
+			continue
+		}
+		s := st.gate(g)
+		s.Ahead += events
+		if !s.Broken {
+			s.Broken, s.Cause = true, "what must never happen has happened to the candidate"
+		}
+	}
+}
+
 // Anew starts the rollback processes anew, after a step back or when what broke
 // was looked at, and forgets which gates are broken and what they counted. Each
 // start raises the threshold. The control's past and the proofs are kept.
@@ -421,7 +439,7 @@ func (st *State) Anew() {
 	st.Starts++
 	for name, g := range st.Gates {
 		if g != nil {
-			st.Gates[name] = &Gate{Of: g.Of, Proof: g.Proof}
+			st.Gates[name] = &Gate{Of: g.Of, Proof: g.Proof, Ahead: g.Ahead}
 		}
 	}
 }

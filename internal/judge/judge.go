@@ -125,6 +125,7 @@ type Gate struct {
 	Candidate Tally `json:"candidate,omitzero"`
 	Control   Tally `json:"control,omitzero"`
 
+	Ahead  uint64 `json:"ahead,omitempty"`  // of Never: events that were acted on before their block closed
 	Broken bool   `json:"broken,omitempty"` // called Unhealthy; until Anew
 	Cause  string `json:"cause,omitempty"`  // of Broken
 	Action Action `json:"action,omitempty"` // of Broken, where it differs from the Spec's
