@@ -54,7 +54,7 @@ func running(tb testing.TB, name string) *Rollout {
 
 // startForTest does what the first tick of Run does.
 func (r *Rollout) startForTest(ctx context.Context) error {
-	_, err := r.update(ctx, func(s *machine.State) ([]machine.Event, error) {
+	_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
 		if s.Phase != machine.Pending {
 			return nil, nil
 		}

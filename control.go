@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strconv"
 	"time"
 
@@ -84,7 +85,7 @@ func (r *Rollout) load(ctx context.Context) (*machine.State, uint64, error) {
 // swap writes the state over revision old. An outcome that is unknown is looked up once: landed says whether this very
 // write is there.
 func (r *Rollout) swap(ctx context.Context, st *machine.State, old uint64) (landed bool, err error) {
-	st.Writer, st.Op = r.replica, strconv.FormatUint(r.op.Add(1), 36)
+	st.Writer, st.Op = r.incarnation, strconv.FormatUint(r.op.Add(1), 36)
 	doc, err := st.Encode()
 	if err != nil {
 		return false, err
@@ -107,38 +108,71 @@ func (r *Rollout) swap(ctx context.Context, st *machine.State, old uint64) (land
 	return false, err
 }
 
-// latest loads the state and squares it with this process: where there is none, the newest one known, or a new one; a
-// stored one that is older than what was seen gives way to what was seen, and a latch here is a latch there.
-func (r *Rollout) latest(ctx context.Context) (st *machine.State, rev uint64, events []machine.Event, standing machine.Standing, err error) {
-	stored, rev, err := r.load(ctx)
-	r.noteStore(err)
-	if err != nil {
-		return nil, 0, nil, 0, err
-	}
+// look is the stored state and what this process would make of it.
+type look struct {
+	stored   *machine.State // nil if there is none
+	rev      uint64
+	st       *machine.State // the caller's own
+	events   []machine.Event
+	standing machine.Standing
+	dirty    bool // st is not what is stored, and must be stored before it is followed
+}
+
+// latest loads the state and squares it with this process: where there is none, the newest one known, or a new one; one
+// that is older than what was known before is joined with that; and a rollback in force here is one there, before
+// anything else.
+func (r *Rollout) latest(ctx context.Context) (look, error) {
 	r.mu.Lock()
 	known, intent := r.known, r.intent
 	r.mu.Unlock()
+	stored, rev, err := r.load(ctx)
+	if ctx.Err() == nil || err == nil {
+		r.noteStore(err)
+	}
+	if err != nil {
+		return look{}, err
+	}
+	l := look{stored: stored, rev: rev}
 	switch {
 	case stored == nil && known == nil:
-		st = machine.New(r.name, r.plan, randomText())
+		l.st, l.dirty = machine.New(r.name, r.plan, randomText()), true
 	case stored == nil, known != nil && older(stored, known):
-		st = known.Clone()
-		if stored != nil {
-			st.Ver = max(st.Ver, stored.Ver)
-		}
-		st.Ver++
-		r.logger().Error("rollout: the Store went back to an older state; the newest one known is written again", "rollout", r.name)
+		r.logger().Error("rollout: the Store went back to an older state; what was known is joined with it", "rollout", r.name)
+		l.st, l.events = machine.Rejoin(stored, known, r.plan, randomText(), time.Now())
+		l.dirty = true
 	default:
-		st = stored.Clone()
+		l.st = stored.Clone()
 	}
-	standing, events = machine.Adopt(st, r.plan, randomText(), time.Now())
-	if intent != nil && (intent.gen == 0 || intent.gen == st.Gen) {
-		more, err := machine.Apply(st, r.plan, machine.Verb{Name: machine.VerbRollback, Note: intent.note, Incident: intent.incident, Now: time.Now()})
-		if err == nil {
-			events = append(events, more...)
+	if intent != nil && (intent.gen == 0 || intent.gen == l.st.Gen) {
+		more, err := machine.Apply(l.st, r.plan, machine.Verb{Name: machine.VerbRollback, Note: intent.note, Incident: intent.incident, Now: time.Now()})
+		if err == nil && len(more) > 0 {
+			l.events = append(l.events, more...)
+			l.standing, l.dirty = machine.Stands(l.st, r.plan), true
+			return l, nil // nothing new begins before it is stored
 		}
 	}
-	return st, rev, events, standing, nil
+	if r.yields(l.st) {
+		l.standing = machine.Yields(l.st, r.plan)
+		return l, nil
+	}
+	ver := l.st.Ver
+	standing, more := machine.Adopt(l.st, r.plan, randomText(), time.Now())
+	l.standing, l.events = standing, append(l.events, more...)
+	l.dirty = l.dirty || l.st.Ver != ver
+	return l, nil
+}
+
+// patience is for how many ticks a process waits for another one, of the same version, that gave the rollout another
+// policy than its own: then it takes over.
+const patience = 12
+
+// yields reports whether the state has another policy than this process, which had its own in force before: whoever came
+// last is right, for as long as it evaluates.
+func (r *Rollout) yields(st *machine.State) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	own := st.Version != r.plan.Version || st.Policy == r.plan.Policy && st.Assignment == r.plan.Assignment
+	return !own && r.ruled && r.still < patience
 }
 
 // older reports whether state a was left behind by b.
@@ -162,34 +196,35 @@ func (r *Rollout) noteStore(err error) {
 
 // update changes the stored state by f, until no other writer comes between, and follows the result. f may be called
 // several times, each time with a state of its own.
-func (r *Rollout) update(ctx context.Context, f func(*machine.State) ([]machine.Event, error)) (*machine.State, error) {
+func (r *Rollout) update(ctx context.Context, f func(*machine.State, machine.Standing) ([]machine.Event, error)) (*machine.State, error) {
 	var gen uint64
 	for {
-		st, rev, events, standing, err := r.latest(ctx)
+		l, err := r.latest(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrNotStored, err)
 		}
-		if gen != 0 && st.Gen != gen {
-			return nil, fmt.Errorf("rollout: overtaken: generation %d began meanwhile", st.Gen)
+		if gen != 0 && l.st.Gen != gen {
+			return nil, fmt.Errorf("rollout: overtaken: generation %d began meanwhile", l.st.Gen)
 		}
-		gen = st.Gen
-		before, ver := st.Clone(), st.Ver
-		more, err := f(st)
+		gen = l.st.Gen
+		more, err := f(l.st, l.standing)
 		if err != nil {
 			return nil, err
 		}
-		if len(events)+len(more) == 0 && ver == st.Ver && rev != 0 && same(before, st) {
-			r.follow(st, standing, nil)
-			return st, nil
+		if !l.dirty && len(more) == 0 && same(l.stored, l.st) {
+			r.follow(l.stored, l.standing, nil)
+			return l.st, nil
 		}
-		landed, err := r.swap(ctx, st, rev)
+		landed, err := r.swap(ctx, l.st, l.rev)
 		if err != nil {
-			r.noteStore(err)
+			if ctx.Err() == nil {
+				r.noteStore(err)
+			}
 			return nil, fmt.Errorf("%w: %w", ErrNotStored, err)
 		}
 		if landed {
-			r.follow(st, standing, append(events, more...))
-			return st, nil
+			r.follow(l.st, l.standing, append(l.events, more...))
+			return l.st, nil
 		}
 	}
 }
@@ -201,20 +236,32 @@ func same(a, b *machine.State) bool {
 	return errX == nil && errY == nil && string(x) == string(y)
 }
 
-// follow makes a stored state the one that decisions follow, unless a newer one is followed already, and tells of the
-// events that led to it.
+// follow makes a state that is stored the one that decisions follow, unless a newer one is followed already, and tells of
+// the events that led to it.
 func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []machine.Event) {
 	r.mu.Lock()
 	if r.known == nil || !older(st, r.known) {
+		if st.Writer != r.incarnation && (r.known == nil || st.Round != r.known.Round) {
+			r.adopted = time.Now()
+		}
+		if r.known != nil && r.known.Round != st.Round {
+			r.still = 0
+		}
+		r.ruled = r.ruled || standing == machine.Current && st.Policy == r.plan.Policy
 		r.known, r.standing, r.stale = st, standing, false
 		if r.latchAny {
-			r.latch, r.latchAny = max(r.latch, st.Gen), false
+			r.latch[st.Gen], r.latchAny = true, false
 		}
-		if r.intent != nil && (st.Gen > r.intent.gen && r.intent.gen != 0 || st.Phase.Latched()) {
-			r.intent = nil
+		if r.intent != nil {
+			if r.intent.gen == 0 {
+				r.intent.gen = st.Gen
+			}
+			if st.Gen > r.intent.gen || st.Gen == r.intent.gen && st.Phase.Latched() {
+				r.intent = nil
+			}
 		}
 		if st.Phase.Latched() {
-			r.latch = max(r.latch, st.Gen)
+			r.latch[st.Gen] = true
 		}
 		r.publishLocked()
 	}
@@ -224,9 +271,17 @@ func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []
 	}
 }
 
-// latchedLocked reports whether this process must not expose the state's candidate.
+// latchedLocked reports whether this process must not expose the candidate of the state, as it stands to it.
 func (r *Rollout) latchedLocked(st *machine.State) bool {
-	return st.Gen <= r.latch || r.latchAny
+	gen := st.Gen
+	if r.standing == machine.Done { // it serves an earlier generation's
+		for _, e := range st.Versions {
+			if e.Version == r.plan.Version {
+				gen = e.Gen
+			}
+		}
+	}
+	return r.latch[gen] || r.latchAny
 }
 
 // publishLocked swaps what decisions see, if it is no longer what the state asks for.
@@ -270,21 +325,42 @@ type snapKey struct {
 	answer     bits // for everybody, whatever the state says; 0: as the state says
 }
 
-// openLocked makes s what decisions see. The evidence of the epoch before still counts; what is older does not.
+// maxLedgers bounds the epochs whose evidence waits to be consumed.
+const maxLedgers = 32
+
+// openLocked makes s what decisions see. The evidence of the epoch before still comes in; what is older only waits to be
+// consumed. That of another generation, or of a candidate that is rolled back or completed, counts no more.
 func (r *Rollout) openLocked(s *snapshot) {
-	keep := r.ledgers[:0:0]
+	counts := r.known != nil && (r.known.Phase == machine.Running || r.known.Phase == machine.Held) && !r.latchedLocked(r.known)
+	var keep []*ledger
 	for i, l := range r.ledgers {
-		if !s.never && l.snap.gen == s.gen && i == len(r.ledgers)-1 {
-			keep = append(keep, l)
-		} else {
+		if !counts || l.snap.gen != r.known.Gen || len(r.ledgers)-i >= maxLedgers {
 			r.retireLocked(l)
+			continue
 		}
+		if i < len(r.ledgers)-1 {
+			l.snap.over.Store(true)
+		}
+		keep = append(keep, l)
 	}
 	if !s.never {
 		keep = append(keep, newLedger(s, time.Now()))
 	}
 	r.ledgers = keep
 	r.snap.Store(s)
+}
+
+// sweep drops the ledgers that nothing comes into any more, once they are consumed.
+func (r *Rollout) sweep(consumed []*ledger) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.ledgers = slices.DeleteFunc(slices.Clone(r.ledgers), func(l *ledger) bool {
+		if !l.snap.over.Load() || !slices.Contains(consumed, l) {
+			return false
+		}
+		r.retireLocked(l)
+		return true
+	})
 }
 
 // snapshotOf is the snapshot of an epoch, for a parsed decision.
@@ -304,51 +380,65 @@ func (r *Rollout) snapshotOf(gen, epoch uint64) *snapshot {
 	return s
 }
 
-// tick is one evaluation: load, square, judge, store, follow.
-func (r *Rollout) tick(ctx context.Context, c *clock) {
+// tick is one evaluation: load, square, judge, store, follow. In the last one of a Run every block closes.
+func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 	for range 4 {
-		st, rev, events, standing, err := r.latest(ctx)
+		l, err := r.latest(ctx)
 		if err != nil {
 			r.cutOff(ctx, c)
 			return
 		}
 		c.loaded = time.Now()
-		r.settle(c, st)
-		if standing != machine.Current {
-			r.follow(st, standing, nil)
-			return
-		}
-		k := r.cutFor(st)
-		if c.gen != 0 && c.gen != st.Gen {
-			c.stepped = k.at // the time before was another generation's
-		}
-		in := r.input(c, k)
-		next, more := r.stepAsking(ctx, st, in)
-		events = append(events, more...)
-		if rev != 0 && len(events) == 0 && len(in.Blocks) == 0 && k.at.Sub(c.stored) < 12*r.o.Interval {
-			if st.Phase != machine.Running {
-				c.stepped = k.at // time held does not count
+		if c.doubt != nil {
+			if !r.settle(ctx, c, l) {
+				return
 			}
-			r.follow(st, standing, nil)
+			continue
+		}
+		if l.standing != machine.Current && !l.dirty {
+			r.follow(l.stored, l.standing, nil)
+			r.mu.Lock()
+			r.still++
+			r.mu.Unlock()
 			return
+		}
+		k, next := &cut{at: time.Now()}, l.st
+		if l.standing == machine.Current {
+			k = r.cutFor(l.st, last)
+			if c.gen != 0 && c.gen != l.st.Gen {
+				c.stepped = k.at // the time before was another generation's
+			}
+			in := r.input(c, k)
+			var more []machine.Event
+			next, more = r.stepAsking(ctx, l.st, in)
+			l.events = append(l.events, more...)
+			news := len(l.events) + len(in.Blocks) + len(in.Outcomes) + len(in.Breaches)
+			if !l.dirty && news == 0 && k.at.Sub(c.stored) < 12*r.o.Interval {
+				if l.st.Phase != machine.Running {
+					c.stepped = k.at // time held does not count
+				}
+				r.follow(l.stored, l.standing, nil)
+				return
+			}
 		}
 		c.seq++
 		next.Consume(r.incarnation, c.seq)
-		c.doubt = &doubt{cut: k, gen: next.Gen, seq: c.seq, standing: standing, events: events}
-		landed, err := r.swap(ctx, next, rev)
+		d := &doubt{cut: k, next: next, rev: l.rev, seq: c.seq, standing: l.standing, events: l.events}
+		landed, err := r.swap(ctx, next, l.rev)
 		if err != nil {
+			c.doubt = d
 			r.noteStore(err)
 			r.cutOff(ctx, c)
 			return
 		}
 		if landed {
-			r.settle(c, next)
+			r.commit(c, d, next)
 			return
 		}
 	}
 }
 
-// clock is what Run remembers of its own time and writes.
+// clock is what the loop remembers of its own time and writes.
 type clock struct {
 	stepped time.Time // up to here time was accounted for in the stored state
 	stored  time.Time // the last write
@@ -358,51 +448,80 @@ type clock struct {
 	doubt   *doubt
 }
 
-// doubt is an evaluation that was written without it being known whether the write landed.
+// doubt is an evaluation of which it is not known whether its write has landed.
 type doubt struct {
 	cut      *cut
-	gen, seq uint64
+	next     *machine.State
+	rev      uint64 // it was to replace
+	seq      uint64
 	standing machine.Standing
 	events   []machine.Event
 }
 
-// settle looks into a stored state for the evaluation in doubt. If it is there its evidence was consumed, and everything
-// follows it; if not, it may still land later, but no longer once something else was written.
-func (r *Rollout) settle(c *clock, st *machine.State) {
+// settle finds out what became of the evaluation in doubt. If it is stored its evidence was consumed; if another write
+// came before it, it never will be. Otherwise the very same write is tried again: until that is known, no other may take
+// its evidence. It reports whether the tick can go on, with another look.
+func (r *Rollout) settle(ctx context.Context, c *clock, l look) bool {
 	d := c.doubt
-	if d == nil || st.Gen < d.gen || !st.Consumed(r.incarnation, d.seq) {
-		return
+	switch {
+	case l.stored != nil && l.stored.Consumed(r.incarnation, d.seq):
+		r.commit(c, d, l.stored)
+		return true
+	case l.rev != d.rev:
+		c.doubt = nil
+		return true
 	}
+	landed, err := r.swap(ctx, d.next, d.rev)
+	if err != nil {
+		r.noteStore(err)
+		r.cutOff(ctx, c)
+		return false
+	}
+	if landed {
+		r.commit(c, d, d.next)
+	}
+	return true // not landed: another write came first, and the next look tells whether it was this one
+}
+
+// commit notes that an evaluation is stored, in st or in a state that came before it.
+func (r *Rollout) commit(c *clock, d *doubt, st *machine.State) {
 	c.doubt = nil
 	d.cut.commit()
-	c.stepped, c.stored, c.gen = d.cut.at, d.cut.at, d.gen
+	c.stepped, c.stored, c.gen = d.cut.at, d.cut.at, d.next.Gen
+	r.sweep(d.cut.ledgers)
 	r.follow(st, d.standing, d.events)
 }
 
 // refresh follows what another process, or a verb, has stored, without an evaluation.
 func (r *Rollout) refresh(ctx context.Context) {
+	r.mu.Lock()
+	known := r.known
+	r.mu.Unlock()
 	st, _, err := r.load(ctx)
 	r.noteStore(err)
 	if err != nil || st == nil {
 		return
 	}
-	r.mu.Lock()
-	known := r.known
-	r.mu.Unlock()
-	if known == nil || older(known, st) {
-		r.follow(st, machine.Stands(st, r.plan), nil)
+	if known == nil || older(known, st) || !older(st, known) && st.Round != known.Round {
+		standing := machine.Stands(st, r.plan)
+		if r.yields(st) {
+			standing = machine.Yields(st, r.plan)
+		}
+		r.follow(st, standing, nil)
 	}
 }
 
-// cutFor reads the evidence of the state's generation.
-func (r *Rollout) cutFor(st *machine.State) *cut {
+// cutFor reads the evidence of the state's generation. Ledgers that nothing comes into any more close, whatever they
+// hold, and in the last tick of a Run all do.
+func (r *Rollout) cutFor(st *machine.State, last bool) *cut {
 	r.mu.Lock()
 	ledgers := r.ledgers
 	r.mu.Unlock()
 	k := &cut{at: time.Now()}
 	for _, l := range ledgers {
 		if l.snap.gen == st.Gen {
-			l.cut(k, l.snap.epoch == st.Epoch)
+			l.cut(k, l.snap.epoch == st.Epoch && !l.snap.over.Load(), last)
+			k.ledgers = append(k.ledgers, l)
 		}
 	}
 	return k
@@ -410,10 +529,13 @@ func (r *Rollout) cutFor(st *machine.State) *cut {
 
 func (r *Rollout) input(c *clock, k *cut) machine.Input {
 	r.mu.Lock()
-	checks := r.checks
+	checks, since := r.checks, c.stepped
+	if r.adopted.After(since) {
+		since = r.adopted // another process has accounted for the time before
+	}
 	r.mu.Unlock()
 	return machine.Input{
-		Now: k.at, Elapsed: k.at.Sub(c.stepped), Blocks: k.blocks, Outcomes: k.outcomes, Breaches: k.breaches,
+		Now: k.at, Elapsed: k.at.Sub(since), Blocks: k.blocks, Outcomes: k.outcomes, Breaches: k.breaches,
 		Checks: checks, MayAdvance: true,
 	}
 }
@@ -461,10 +583,13 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 		return
 	}
 	next := st.Clone()
-	in := r.input(c, r.cutFor(st))
+	in := r.input(c, r.cutFor(st, false))
 	in.MayAdvance = false
 	machine.Step(next, r.plan, in)
-	if next.Phase.Latched() && !st.Phase.Latched() {
+	r.mu.Lock()
+	latched := r.latchedLocked(st)
+	r.mu.Unlock()
+	if next.Phase.Latched() && !st.Phase.Latched() && !latched {
 		r.logger().Error("rollout: rolled back here; the Store cannot be told yet", "rollout", r.name, "gate", next.Incident.Gate, "cause", next.Incident.Note)
 		r.latchHere(&intent{gen: st.Gen, note: next.Incident.Note, incident: next.Incident})
 	}
@@ -477,7 +602,9 @@ func (r *Rollout) latchHere(in *intent) {
 	if in.gen == 0 {
 		r.latchAny = true
 	}
-	r.latch = max(r.latch, in.gen)
+	if in.gen != 0 {
+		r.latch[in.gen] = true
+	}
 	r.intent = in
 	r.publishLocked()
 }

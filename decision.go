@@ -67,7 +67,8 @@ const (
 	reasonShift = 3
 	ringShift   = 8
 	groupShift  = 16
-	maxRings    = 200 // of the 256 that fit
+	maxRings    = 64 // fewer than the 256 that fit: the state holds a share for each
+	maxStages   = 256
 )
 
 func pack(enabled bool, c Cohort, r Reason, ring int, group uint64) bits {

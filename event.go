@@ -2,6 +2,7 @@ package rollout
 
 import (
 	"context"
+	"encoding/json"
 	"log/slog"
 	"runtime/debug"
 	"time"
@@ -32,6 +33,7 @@ const (
 	GateBroken       = EventKind(machine.GateBroken)     // one that reports or holds; Note says why
 	PolicyEdited     = EventKind(machine.PolicyEdited)   // the same Version came with another policy
 	VersionAdopted   = EventKind(machine.VersionAdopted) // a completed rollout took up a new Version
+	StoreWentBack    = EventKind(machine.WentBack)       // the Store held an older state; what was known was joined with it
 	StoreFailed      = EventKind(32)                     // Err says how; told once until StoreBack
 	StoreBack        = EventKind(33)                     // the Store can be used again
 )
@@ -43,7 +45,7 @@ var eventNames = func() []string {
 		Approved: "approved", PercentSet: "percent set", SteppedBack: "stepped back", RingRolledBack: "ring rolled back",
 		RollbackBegan: "rollback began", StepFailed: "step failed", StepDone: "step done", RollbackStuck: "rollback stuck",
 		RollbackDone: "rollback done", CompletedRollout: "completed", GateBroken: "gate broken", PolicyEdited: "policy edited",
-		VersionAdopted: "version adopted", StoreFailed: "store failed", StoreBack: "store back",
+		VersionAdopted: "version adopted", StoreWentBack: "store went back", StoreFailed: "store failed", StoreBack: "store back",
 	} {
 		names[k] = name
 	}
@@ -69,6 +71,19 @@ type Event struct {
 	Percent    Percent   `json:"percent"` // of Ring after it
 	Incident   *Incident `json:"incident,omitempty"`
 	Err        error     `json:"-"`
+}
+
+// MarshalJSON implements json.Marshaler: Err is its text.
+func (e Event) MarshalJSON() ([]byte, error) {
+	type plain Event
+	text := ""
+	if e.Err != nil {
+		text = e.Err.Error()
+	}
+	return json.Marshal(struct {
+		plain
+		Err string `json:"err,omitempty"`
+	}{plain(e), text})
 }
 
 func (r *Rollout) event(st *machine.State, e machine.Event) Event {

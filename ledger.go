@@ -7,8 +7,8 @@ import (
 	"github.com/stagedrollout/rollout/internal/machine"
 )
 
-// A block closes once either cohort has this many outcomes, or after blockAge with any: a rule that never looks at what
-// the outcomes were.
+// A block closes once each cohort has this many outcomes, or after blockAge with any: a rule that never looks at what the
+// outcomes were.
 const (
 	blockLeast = 4
 	blockAge   = time.Minute
@@ -29,6 +29,7 @@ type ringLedger struct {
 type metricLedger struct {
 	consumed [2][]uint64
 	seen     uint64 // candidate outcomes at the last step
+	ahead    uint64 // of them, events that were acted on before their block closed
 	closed   time.Time
 }
 
@@ -53,7 +54,8 @@ type cut struct {
 	at       time.Time
 	blocks   []machine.Block
 	outcomes []string // rings of the present epoch with new candidate outcomes
-	breaches []string // metrics with an event of the candidate, whether or not a block closes
+	breaches []machine.Breach
+	ledgers  []*ledger // that were read
 	notes    []cutNote
 }
 
@@ -62,11 +64,12 @@ type cutNote struct {
 	m      *metricLedger
 	totals [2][]uint64 // nil: no block closed
 	seen   uint64
+	ahead  uint64
 }
 
 // cut reads the ledger's cells. Each metric is read once, so that both cohorts come from the same moment. A ledger that
 // is not the present one closes whatever came late.
-func (l *ledger) cut(c *cut, present bool) {
+func (l *ledger) cut(c *cut, present, last bool) {
 	for i := range l.rings {
 		ring := &l.snap.rings[i]
 		fresh := false
@@ -76,14 +79,16 @@ func (l *ledger) cut(c *cut, present bool) {
 			totals, block, sums := m.read(ring, j, view.kind)
 			note := cutNote{m: m, seen: sum(totals[1])}
 			fresh = fresh || note.seen > m.seen
-			if view.never && totals[1][1] > 0 {
-				c.breaches = append(c.breaches, nameOf(view.ref))
-			}
-			if closes(sums, ring.all, c.at.Sub(m.closed), present) {
+			if closes(sums, ring.all, c.at.Sub(m.closed), present && !last) {
 				note.totals = totals
 				c.blocks = append(c.blocks, machine.Block{Epoch: l.snap.epoch, Block: judge.Block{
 					Metric: nameOf(view.ref), Ring: ring.name, Control: block[0], Candidate: block[1],
 				}})
+			} else if view.never {
+				note.ahead = block[1][1]
+				if news := note.ahead - m.ahead; news > 0 {
+					c.breaches = append(c.breaches, machine.Breach{Metric: nameOf(view.ref), Ring: ring.name, Events: news})
+				}
 			}
 			c.notes = append(c.notes, note)
 		}
@@ -122,7 +127,7 @@ func closes(sums [2]uint64, alone bool, age time.Duration, present bool) bool {
 // commit notes that the cut's blocks were consumed.
 func (c *cut) commit() {
 	for _, n := range c.notes {
-		n.m.seen = n.seen
+		n.m.seen, n.m.ahead = n.seen, n.ahead
 		if n.totals[0] != nil {
 			n.m.consumed, n.m.closed = n.totals, c.at
 		}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/machine"
@@ -78,13 +79,14 @@ func (r *Rollout) incidentOf(in *machine.Incident) *Incident {
 	}
 }
 
-// runSteps runs the steps of a rollback until they are done, stuck, or ctx ends. The attempt is stored before it is made.
-func (r *Rollout) runSteps(ctx context.Context) {
+// runSteps runs the steps of a rollback until they are done, stuck, another process's to run, or ctx ends. The attempt is
+// stored before it is made. takeOver: another process that ran them gives no sign of life.
+func (r *Rollout) runSteps(ctx context.Context, takeOver bool) {
 	for attempt := 0; ctx.Err() == nil; {
 		var i int
 		var st *machine.State
-		_, err := r.update(ctx, func(s *machine.State) ([]machine.Event, error) {
-			i = machine.BeginAttempt(s, r.replica)
+		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+			i = machine.BeginAttempt(s, r.incarnation, takeOver)
 			st = s
 			return nil, nil
 		})
@@ -98,8 +100,10 @@ func (r *Rollout) runSteps(ctx context.Context) {
 		if i < 0 {
 			return
 		}
+		takeOver = false // the term is ours, or was lost
 		cause := r.attempt(ctx, st, i)
 		if ctx.Err() != nil && cause != "" {
+			r.release(st)
 			return // stopped, not failed: whoever comes next starts it again
 		}
 		failed := r.endAttempt(ctx, st, i, cause)
@@ -113,12 +117,24 @@ func (r *Rollout) runSteps(ctx context.Context) {
 	}
 }
 
+// release lets another process run the steps at once, instead of waiting for signs of life.
+func (r *Rollout) release(st *machine.State) {
+	ctx, cancel := context.WithTimeout(context.Background(), stepGrace)
+	defer cancel()
+	_, _ = r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+		if s.Gen == st.Gen && s.Term == st.Term {
+			s.Runner = ""
+		}
+		return nil, nil
+	})
+}
+
 // endAttempt stores how an attempt ended, however long the Store takes, and reports whether another one follows.
 func (r *Rollout) endAttempt(ctx context.Context, st *machine.State, i int, cause string) (again bool) {
 	step, known := r.step(st.Steps[i].Name)
 	giveUp := cause != "" && (!known || st.Steps[i].Attempts >= step.Attempts)
 	for attempt := 0; ; attempt++ {
-		_, err := r.update(ctx, func(s *machine.State) ([]machine.Event, error) {
+		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
 			if s.Gen != st.Gen || s.Term != st.Term {
 				return nil, nil
 			}
@@ -154,11 +170,29 @@ func (r *Rollout) attempt(ctx context.Context, st *machine.State, i int) (cause 
 	in.Fence = fmt.Sprintf("%020d", st.Term)
 	ctx, cancel := context.WithTimeout(ctx, step.Timeout)
 	defer cancel()
+	var beats sync.WaitGroup
+	beats.Go(func() { r.beat(ctx, cancel, st) })
+	defer beats.Wait()
+	defer cancel()
 	_, err := guard(ctx, stepGrace, func(ctx context.Context) (struct{}, error) { return struct{}{}, step.Do(ctx, in) })
 	if err != nil {
 		return err.Error()
 	}
 	return ""
+}
+
+// beat shows once a tick that the runner of the steps is alive, and ends the attempt where another one has taken over.
+func (r *Rollout) beat(ctx context.Context, cancel func(), st *machine.State) {
+	for sleep(ctx, r.o.Interval) {
+		_, _ = r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+			if s.Gen != st.Gen || s.Term != st.Term || s.Phase != machine.RollingBack {
+				cancel()
+				return nil, nil
+			}
+			s.Beat++
+			return nil, nil
+		})
+	}
 }
 
 // stepGrace is how long a callback may take to return after its context ended.

@@ -28,7 +28,7 @@ var (
 	ErrStage = machine.ErrStage
 	// ErrState: what was asked for makes no sense in the present state.
 	ErrState = machine.ErrState
-	// ErrVersion: this process has another version than the rollout is about.
+	// ErrVersion: this process has another version than the rollout is about, or an older policy of it.
 	ErrVersion = errors.New("rollout: this process has another version than the rollout is about")
 	// ErrNotStored: the Store did not acknowledge the change. A rollback is nevertheless in force in this process, and Run
 	// keeps writing it.
@@ -84,11 +84,14 @@ type Rollout struct {
 	mu          sync.Mutex
 	known       *machine.State // the newest stored state seen; never changed
 	standing    machine.Standing
-	latch       uint64  // generations up to this one are rolled back here, whatever is stored
-	latchAny    bool    // so is the first one that will be loaded
-	intent      *intent // a rollback that is not stored yet
-	stale       bool    // the lease is over
-	storeErr    error   // of the last use of the Store
+	latch       map[uint64]bool // generations that are rolled back here, whatever is stored
+	latchAny    bool            // so is the first one that will be loaded
+	intent      *intent         // a rollback that is not stored yet
+	stale       bool            // the lease is over
+	adopted     time.Time       // when another process\'s evaluation was last seen
+	ruled       bool            // this process\'s own policy was in force
+	still       int             // ticks for which no evaluation was seen
+	storeErr    error           // of the last use of the Store
 	checks      map[string]judge.CheckResult
 	ledgers     []*ledger       // of the epochs that still count, the present one last
 	past        [][2][][]uint64 // outcomes of epochs that no longer count: by ring, cohort and metric
@@ -103,6 +106,7 @@ type Rollout struct {
 	// Of the goroutine of Run alone.
 	clock         clock
 	unknownLogged bool
+	rival         rival
 }
 
 // New returns a rollout of the policy, or every problem of it. It starts nothing and does no I/O. o may be nil.
@@ -131,7 +135,7 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 		name: name, policy: p.withDefaults(name), o: opts,
 		store: opts.Store, shared: opts.Store != nil, replica: opts.Replica,
 		wake: make(chan struct{}, 1), hint: make(chan struct{}, 1), queued: make(chan struct{}, 1),
-		checks: map[string]judge.CheckResult{},
+		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{},
 	}
 	if r.o.Interval == 0 {
 		r.o.Interval = defaultInterval

@@ -23,7 +23,9 @@ func (r *Rollout) Ready(ctx context.Context) error {
 		return errNil
 	}
 	st, _, err := r.load(ctx)
-	r.noteStore(err)
+	if ctx.Err() == nil {
+		r.noteStore(err)
+	}
 	if err != nil {
 		return fmt.Errorf("rollout: %w", err)
 	}
@@ -100,23 +102,29 @@ func waitFor(g *sync.WaitGroup) {
 // loop ticks until ctx ends.
 func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 	now := time.Now()
-	r.clock = clock{stepped: now, stored: now, loaded: now}
+	// What was cut and not stored for certain is still in doubt, and a sequence number never repeats.
+	r.clock = clock{stepped: now, stored: now, loaded: now, gen: r.clock.gen, seq: r.clock.seq, doubt: r.clock.doubt}
+	r.mu.Lock()
+	r.checks = map[string]judge.CheckResult{} // old answers prove nothing
+	r.mu.Unlock()
 	ticker := time.NewTicker(r.o.Interval)
 	defer ticker.Stop()
 	steps := make(chan struct{}, 1)
 	// A use of the Store that is under way when ctx ends is not cut short: it has a time-out of its own.
-	unhurried := context.WithoutCancel(ctx)
+	unhurried, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(2*time.Second, cancel) })()
 	for evaluate := true; ctx.Err() == nil; {
 		if evaluate {
-			r.tick(unhurried, &r.clock)
+			r.tick(unhurried, &r.clock, false)
 		} else {
 			r.refresh(unhurried)
 		}
 		r.logUnknown()
-		if r.rollingBack() {
+		if run, takeOver := r.stepsToRun(evaluate); run {
 			select {
 			case steps <- struct{}{}:
-				work.Go(func() { r.runSteps(ctx); <-steps })
+				work.Go(func() { r.runSteps(ctx, takeOver); <-steps })
 			default:
 			}
 		}
@@ -134,14 +142,34 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 // finish stores the last evidence.
 func (r *Rollout) finish(ctx context.Context) {
 	r.clock.stored = time.Time{} // write whatever there is
-	r.tick(ctx, &r.clock)
+	r.tick(ctx, &r.clock, true)
 }
 
-// rollingBack reports whether there are rollback steps to run.
-func (r *Rollout) rollingBack() bool {
+// rival is another process that runs rollback steps, as it was last seen.
+type rival struct {
+	term, beat uint64
+	polls      int // for which it gave no sign of life
+}
+
+// stepsToRun reports whether this process should run rollback steps, of whichever version: they are found by name. It
+// takes over from another one that gave no sign of life for three ticks.
+func (r *Rollout) stepsToRun(ticked bool) (run, takeOver bool) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.known != nil && r.known.Phase == machine.RollingBack && r.standing == machine.Current
+	st := r.known
+	r.mu.Unlock()
+	if st == nil || st.Phase != machine.RollingBack {
+		r.rival = rival{}
+		return false, false
+	}
+	if st.Runner == "" || st.Runner == r.incarnation {
+		return true, false
+	}
+	if st.Term != r.rival.term || st.Beat != r.rival.beat {
+		r.rival = rival{term: st.Term, beat: st.Beat}
+	} else if ticked {
+		r.rival.polls++
+	}
+	return r.rival.polls >= 3, true
 }
 
 // watch passes the Store's hints on to the loop.
@@ -176,12 +204,12 @@ func (r *Rollout) verb(ctx context.Context, v machine.Verb) error {
 	r.mu.Lock()
 	v.Checks = r.checks
 	r.mu.Unlock()
-	_, err := r.update(ctx, func(st *machine.State) ([]machine.Event, error) {
-		if machine.Stands(st, r.plan) != machine.Current {
+	_, err := r.update(ctx, func(st *machine.State, standing machine.Standing) ([]machine.Event, error) {
+		if standing != machine.Current {
 			switch v.Name {
 			case machine.VerbRollback, machine.VerbHold, machine.VerbRestart:
 			default:
-				return nil, fmt.Errorf("%w: %q, not %q", ErrVersion, st.Version, r.plan.Version)
+				return nil, fmt.Errorf("%w: %q, not %q; or another policy of it is in force", ErrVersion, st.Version, r.plan.Version)
 			}
 		}
 		v.Now, v.Nonce = time.Now(), randomText()

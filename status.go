@@ -107,7 +107,7 @@ type StepStatus struct {
 	Err      string `json:"err,omitempty"` // of the last attempt
 }
 
-// Estimate is how a cohort fares, over all rings and since the generation began. Nothing is decided on it.
+// Estimate is how a cohort fares, over all rings and since the evidence began or began anew. Nothing is decided on it.
 type Estimate struct {
 	N        uint64        `json:"n"`                  // outcomes
 	Events   uint64        `json:"events"`             // bad ones; of a timing, those over the gate's threshold

@@ -6,6 +6,7 @@ import (
 	"math"
 	"reflect"
 	"time"
+	"unicode/utf8"
 
 	"github.com/stagedrollout/rollout/internal/judge"
 )
@@ -73,6 +74,9 @@ func (v *validator) rings() {
 			v.bad("Policy.Rings[%d].Name: %q is named twice", i, r.Name)
 		}
 		seen[r.Name] = true
+	}
+	if !utf8.ValidString(v.p.Version) || len(v.p.Version) > 256 {
+		v.bad("Policy.Version: %.300q must be valid UTF-8 and at most 256 bytes", v.p.Version)
 	}
 	if len(v.p.Rings) > maxRings {
 		v.bad("Policy.Rings: %d are more than %d", len(v.p.Rings), maxRings)
@@ -155,6 +159,9 @@ func (v *validator) stages(given Policy) {
 		v.unsound = true
 		return
 	}
+	if len(v.p.Stages) > maxStages {
+		v.bad("Policy.Stages: %d are more than %d", len(v.p.Stages), maxStages)
+	}
 	names := map[string]int{}
 	reached := map[string]Percent{}
 	for i := range v.p.Stages {
@@ -162,8 +169,8 @@ func (v *validator) stages(given Policy) {
 		if given.Stages[i].Name != "" {
 			at += fmt.Sprintf(" %q", s.Name)
 		}
-		if len(s.Name) > 128 {
-			v.bad("%s.Name: longer than 128 bytes", at)
+		if len(s.Name) > 128 || !utf8.ValidString(s.Name) {
+			v.bad("%s.Name: %.200q must be valid UTF-8 and at most 128 bytes", at, s.Name)
 		}
 		if first, ok := names[s.Name]; ok {
 			v.bad("%s: %q is already the name of Policy.Stages[%d]", at, s.Name, first)
@@ -250,8 +257,8 @@ func (v *validator) steps() {
 		switch {
 		case s.Name == "":
 			v.bad("%s.Name: empty", at)
-		case len(s.Name) > 128:
-			v.bad("%s.Name: longer than 128 bytes", at)
+		case len(s.Name) > 128 || !utf8.ValidString(s.Name):
+			v.bad("%s.Name: %.200q must be valid UTF-8 and at most 128 bytes", at, s.Name)
 		case seen[s.Name]:
 			v.bad("%s.Name: %q is named twice", at, s.Name)
 		}

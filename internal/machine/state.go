@@ -110,10 +110,13 @@ type State struct {
 
 	Gates    judge.State `json:"gates"`
 	Reported []string    `json:"reported,omitempty"` // gates that only report and have
+	Acted    []string    `json:"acted,omitempty"`    // Checks whose present answer was acted on
 
-	Steps  []StepState `json:"steps,omitempty"` // of the rollback
+	Undoes []string    `json:"undoes,omitempty"` // names of the steps that a rollback of this generation needs
+	Steps  []StepState `json:"steps,omitempty"`  // of the rollback
 	Runner string      `json:"runner,omitempty"`
 	Term   uint64      `json:"term,omitempty"` // fences the runner of steps
+	Beat   uint64      `json:"beat,omitempty"` // of the runner, while it lives
 
 	Incident *Incident `json:"incident,omitempty"`
 	History  []Change  `json:"history,omitempty"` // of this generation's shares, newest last
@@ -150,6 +153,7 @@ func (s *State) Consumed(incarnation string, seq uint64) bool {
 type VersionEntry struct {
 	Version   string `json:"version"`
 	Gen       uint64 `json:"gen"`
+	Starts    int    `json:"starts,omitempty"` // how often it was judged anew in earlier generations
 	Completed bool   `json:"completed,omitempty"`
 }
 
@@ -226,7 +230,7 @@ func (s *State) Clone() *State {
 	c.StepBack = maps.Clone(s.StepBack)
 	c.Cursors = maps.Clone(s.Cursors)
 	c.Gates = s.Gates.Clone()
-	c.Reported = slices.Clone(s.Reported)
+	c.Reported, c.Acted = slices.Clone(s.Reported), slices.Clone(s.Acted)
 	c.Steps = slices.Clone(s.Steps)
 	c.History = slices.Clone(s.History) // the maps inside never change
 	c.Notes = slices.Clone(s.Notes)
@@ -241,11 +245,22 @@ func (s *State) Clone() *State {
 	return &c
 }
 
-// Encode is the document as stored.
+// Encode is the document as stored. Where it would be too large the oldest shares of the history are left out, and then
+// what gates remember of the past of metrics, because a rollback must always be stored.
 func (s *State) Encode() ([]byte, error) {
 	b, err := json.Marshal(s)
-	if err == nil && len(b) > MaxBytes {
-		return nil, fmt.Errorf("the state document would be %d bytes; %d is the most", len(b), MaxBytes)
+	for c := s; err == nil && len(b) > MaxBytes; b, err = json.Marshal(c) {
+		if c == s {
+			c = s.Clone()
+		}
+		switch {
+		case len(c.History) > 1:
+			c.History = c.History[len(c.History)/2:]
+		case c.Gates.Memory != nil:
+			c.Gates.Memory = nil
+		default:
+			return nil, fmt.Errorf("the state document would be %d bytes; %d is the most", len(b), MaxBytes)
+		}
 	}
 	return b, err
 }

@@ -3,6 +3,7 @@ package machine
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/judge"
@@ -31,6 +32,7 @@ const (
 	GateBroken                     // a gate that only reports, or one that holds, was broken
 	PolicyEdited                   // the same version came with another policy
 	VersionAdopted                 // a completed rollout took up a new version
+	WentBack                       // the store was set back; what was known is joined with it
 )
 
 // Event is one thing that happened in a step or by a verb.
@@ -50,13 +52,19 @@ type Block struct {
 	Epoch uint64
 }
 
+// Breach is new events of the candidate, for Never, that no block holds yet.
+type Breach struct {
+	Metric, Ring string
+	Events       uint64
+}
+
 // Input is what one evaluation sees.
 type Input struct {
 	Now        time.Time     // for people: decides nothing
 	Elapsed    time.Duration // since the last step, by the caller's own monotonic clock
 	Blocks     []Block       // each given once, oldest epoch first
 	Outcomes   []string      // rings in which candidate outcomes of the present epoch arrived since the last step
-	Breaches   []string      // metrics with an event of the candidate in this generation, for Never, whether or not a block closed
+	Breaches   []Breach      // each given once
 	Checks     map[string]judge.CheckResult
 	MayAdvance bool // no share is raised otherwise
 }
@@ -65,6 +73,7 @@ type Input struct {
 func New(name string, p *Plan, nonce string) *State {
 	s := &State{Format: Format, Name: name, Gen: 1, Ver: 1, Epoch: 1, Nonce: nonce, Version: p.Version, Policy: p.Policy, Assignment: p.Assignment}
 	s.Versions = []VersionEntry{{Version: p.Version, Gen: 1}}
+	s.Undoes = p.Steps
 	s.Shares = p.shares(s)
 	return s
 }
@@ -87,22 +96,28 @@ func Step(s *State, p *Plan, in Input) []Event {
 	default:
 		return nil
 	}
-	i := p.find(s.Stage)
-	if i < 0 { // held before it ever ran
+	if s.Stage == (StageRef{}) { // held before it ever ran
 		return nil
+	}
+	i := p.find(s.Stage)
+	if i < 0 { // no writer of this package leaves it so
+		m.edited("")
+		return m.events
 	}
 	m.consume(i, in)
 	results := p.Judge.Assess(&s.Gates, in.Checks)
-	m.breach(i, results, in.Breaches)
+	m.forget(results)
 	if m.act(i, results) || s.Phase == Held {
 		return m.events
 	}
 	m.pass(i, in)
-	if in.MayAdvance && !m.climb(i) && m.ready(i, results) {
+	ready := m.ready(i, results)
+	switch {
+	case in.MayAdvance && m.climb(i):
+	case in.MayAdvance && ready:
 		m.promote(i, "")
-	}
-	if st := p.Stages[i]; s.Phase == Running && p.find(s.Stage) == i && s.Elapsed >= st.Deadline {
-		m.deadline(i)
+	case !ready && s.Elapsed >= p.Stages[i].Deadline:
+		m.deadline(i) // a stage that only waits for leave to advance has its verdict
 	}
 	return m.events
 }
@@ -204,22 +219,28 @@ func (m *move) consume(i int, in Input) {
 		if slices.Contains(m.Rings, b.Ring) {
 			continue
 		}
-		m.p.Judge.Consume(&m.Gates, b.Block, active, b.Ring == st.Ring && b.Epoch >= m.Entered)
+		m.p.Judge.Consume(&m.Gates, b.Block, active, m.reached(b.Ring, st) && b.Epoch >= m.Entered)
 	}
-}
-
-// breach breaks the armed Never gates of the metrics that an event was seen of.
-func (m *move) breach(i int, results []judge.Result, metrics []string) {
-	for g := range results {
-		r := &results[g]
-		if r.Spec.Kind == judge.Never && m.p.Stages[i].Armed[g] && slices.Contains(metrics, r.Spec.Metric) && r.Verdict != judge.Unhealthy {
-			r.Verdict, r.Cause = judge.Unhealthy, "it happened to the candidate"
+	for _, b := range in.Breaches {
+		if !slices.Contains(m.Rings, b.Ring) {
+			m.p.Judge.Breach(&m.Gates, b.Metric, b.Events, active)
 		}
 	}
 }
 
-// Raises reports whether any ring has a greater share in b than in a.
+// reached reports whether a stage is what a ring's share comes from: its own ring's, and those inside of it that no stage
+// of their own brought as far.
+func (m *move) reached(ring string, st *Stage) bool {
+	inner, outer := m.p.ring(ring), m.p.ring(st.Ring)
+	return inner == outer || inner >= 0 && inner < outer && m.Reach[ring] < m.Reach[st.Ring]
+}
+
+// Raises reports whether more units may get the candidate in b than in a: a ring has a greater share, or nobody is held
+// back any more.
 func Raises(a, b *State) bool {
+	if b.Phase == Completed && a.Phase != Completed {
+		return true
+	}
 	for ring, share := range b.Shares {
 		if share > a.Shares[ring] {
 			return true
@@ -245,7 +266,7 @@ func (m *move) act(i int, results []judge.Result) bool {
 			}
 			continue
 		}
-		if r.Spec.Kind == judge.Check && !st.Armed[g] {
+		if r.Spec.Kind == judge.Check && (!st.Armed[g] || slices.Contains(m.Acted, r.Spec.Name)) {
 			continue
 		}
 		if worst == nil || rank[r.Action] > rank[worst.Action] || rank[r.Action] == rank[worst.Action] && r.LogE > worst.LogE {
@@ -273,8 +294,12 @@ func (m *move) act(i int, results []judge.Result) bool {
 	case judge.Rollback:
 		m.rollback(m.incident(worst, ""))
 	case judge.RollbackRing:
+		if slices.Contains(m.Rings, st.Ring) {
+			return true
+		}
 		m.rollbackRing(st.Ring, m.incident(worst, ""))
 		m.anew()
+		m.acted(worst)
 	case judge.StepBack:
 		m.stepBack(i, worst)
 	default:
@@ -327,7 +352,22 @@ func (m *move) stepBack(i int, r *judge.Result) {
 	m.StepBack[to]++
 	m.event(Event{Kind: GateBroken, Gate: r.Spec.Name, Note: r.Cause})
 	m.anew()
+	m.acted(r)
 	m.enter(back, SteppedBack, r.Spec.Name)
+}
+
+// acted notes that a Check's answer was acted on: the same answer is no news.
+func (m *move) acted(r *judge.Result) {
+	if r.Spec.Kind == judge.Check {
+		m.Acted = append(m.Acted, r.Spec.Name)
+	}
+}
+
+// forget drops the Checks that were acted on and have given another answer since.
+func (m *move) forget(results []judge.Result) {
+	m.Acted = slices.DeleteFunc(m.Acted, func(name string) bool {
+		return slices.ContainsFunc(results, func(r judge.Result) bool { return r.Spec.Name == name && r.Verdict != judge.Unhealthy })
+	})
 }
 
 // rollback takes every share to zero, latches, and lists the steps to run.
@@ -335,8 +375,14 @@ func (m *move) rollback(in *Incident) {
 	from := m.Phase
 	m.Incident = in
 	m.Steps, m.Set = nil, nil
+	m.Versions = slices.Clone(m.Versions)
+	for i := range m.Versions {
+		if m.Versions[i].Gen == m.Gen {
+			m.Versions[i].Completed = false // nobody serves it any more
+		}
+	}
 	if m.Exposed {
-		for _, name := range m.p.Steps {
+		for _, name := range m.Undoes {
 			m.Steps = append(m.Steps, StepState{Name: name})
 		}
 	}
@@ -376,9 +422,11 @@ func (m *move) rollbackRing(ring string, in *Incident) {
 // when it ends, with no more than a tenth of the bake and no more than twelve ticks.
 func (m *move) pass(i int, in Input) {
 	st := &m.p.Stages[i]
-	m.Elapsed += max(in.Elapsed, 0)
-	m.Quiet += max(in.Elapsed, 0)
-	if !slices.Contains(in.Outcomes, st.Ring) {
+	// What is more than a checkpoint's time was an outage of the store, a suspended machine or a clock that jumped.
+	passed := min(max(in.Elapsed, 0), 13*m.p.Tick)
+	m.Elapsed += passed
+	m.Quiet += passed
+	if !slices.ContainsFunc(in.Outcomes, func(ring string) bool { return m.reached(ring, st) }) {
 		return
 	}
 	if m.Seen {
@@ -499,7 +547,7 @@ func (m *move) deadline(i int) {
 // clip bounds a note or a cause.
 func clip(s string) string {
 	if len(s) > MaxNote {
-		return s[:MaxNote]
+		s = s[:MaxNote]
 	}
-	return s
+	return strings.ToValidUTF8(s, "")
 }

@@ -227,6 +227,9 @@ func (m *move) setPercent(v Verb) error {
 	if set, ok := m.Set[v.Ring]; ok && set == v.Percent && m.Phase == Held {
 		return nil
 	}
+	if len(m.History) >= MaxHistory-64 { // what is left is for rollbacks
+		return m.refuse("shares were changed too often in this generation for the history to hold")
+	}
 	from := m.Phase
 	if m.Set == nil {
 		m.Set = map[string]float64{}
@@ -245,13 +248,10 @@ func (m *move) restart(v Verb) error {
 	if m.Phase == RollingBack || m.Phase == Stuck {
 		return m.refuse("a rollback is not finished")
 	}
-	starts := m.Gates.Starts
-	same := m.Version == m.p.Version
-	m.generation(v.Nonce, v.Note)
-	if same { // the candidate that was judged before is judged again: the bound pays for both
-		m.Gates.Starts = starts
-		m.Gates.Anew()
+	if m.Phase == Pending && m.Gen > 1 && m.Version == m.p.Version && m.Assignment == m.p.Assignment {
+		return nil // it has just begun, and nobody was exposed
 	}
+	m.generation(v.Nonce, v.Note)
 	return nil
 }
 
@@ -259,22 +259,32 @@ func (m *move) restart(v Verb) error {
 func (m *move) generation(nonce, note string) {
 	from := m.Phase
 	p := m.p
-	versions := m.Versions
+	versions := slices.Clone(m.Versions)
+	for i := range versions {
+		if versions[i].Version == m.Version {
+			versions[i].Starts = m.Gates.Starts
+		}
+	}
 	at := slices.IndexFunc(versions, func(e VersionEntry) bool { return e.Version == p.Version })
-	if at < 0 {
+	seen := at >= 0
+	if !seen {
 		versions = append(versions, VersionEntry{Version: p.Version})
 		if extra := len(versions) - MaxVersions; extra > 0 {
 			versions = slices.Delete(versions, 0, extra)
 		}
 		at = len(versions) - 1
 	}
-	versions[at] = VersionEntry{Version: p.Version, Gen: m.Gen + 1}
+	versions[at] = VersionEntry{Version: p.Version, Gen: m.Gen + 1, Starts: versions[at].Starts}
 	*m.State = State{
 		Format: Format, Name: m.Name,
 		Gen: m.Gen + 1, Nonce: nonce, Ver: m.Ver + 1, Epoch: m.Epoch, Round: m.Round, Term: m.Term,
 		Version: p.Version, Versions: versions,
-		Policy: p.Policy, Assignment: p.Assignment,
+		Policy: p.Policy, Assignment: p.Assignment, Undoes: p.Steps,
 		Notes: m.Notes, Cursors: m.Cursors,
+	}
+	if seen { // a candidate that was judged before is judged again: its bound pays for both
+		m.Gates.Starts = versions[at].Starts
+		m.Gates.Anew()
 	}
 	m.reshare()
 	m.event(Event{Kind: Started, Note: note, From: from, To: Pending})
@@ -285,14 +295,18 @@ type Standing uint8
 
 // How a process may stand to the state.
 const (
-	Current Standing = iota // it runs the candidate that the state is about
-	Passive                 // it runs an earlier candidate, or one that has to wait: stable, and no verdicts
-	Done                    // it runs an earlier candidate that was completed: everybody has it
+	Current  Standing = iota // it runs the candidate that the state is about
+	Passive                  // it runs an earlier candidate, or one that has to wait: stable, and no verdicts
+	Done                     // it runs an earlier candidate that was completed: everybody has it
+	Follower                 // it runs the candidate with an older policy: the shares are served, and no verdicts
 )
 
 // Stands says how a process with plan p stands to the state as it is.
 func Stands(s *State, p *Plan) Standing {
 	if s.Version == p.Version {
+		if s.Assignment != p.Assignment && (s.Phase == Running || s.Phase == Held) {
+			return Passive // until a generation with the new assignment begins
+		}
 		return Current
 	}
 	for _, e := range s.Versions {
@@ -309,6 +323,14 @@ func Stands(s *State, p *Plan) Standing {
 	return Passive
 }
 
+// Yields is how a process stands to a state that another one, of the same version, has given another policy.
+func Yields(s *State, p *Plan) Standing {
+	if s.Assignment != p.Assignment && s.Phase != Completed && !s.Phase.Latched() {
+		return Passive
+	}
+	return Follower
+}
+
 // Adopt squares the state with a process's plan: a new version starts a generation, an edited policy finds its stage. It
 // raises no share. nonce names the generation it may start.
 func Adopt(s *State, p *Plan, nonce string, now time.Time) (Standing, []Event) {
@@ -321,7 +343,7 @@ func Adopt(s *State, p *Plan, nonce string, now time.Time) (Standing, []Event) {
 		case RollingBack, Stuck:
 			return Passive, nil
 		case Completed:
-			m.Version, m.Policy, m.Assignment = p.Version, p.Policy, p.Assignment
+			m.Version, m.Policy, m.Assignment, m.Undoes = p.Version, p.Policy, p.Assignment, p.Steps
 			m.Versions = append(slices.Clone(m.Versions), VersionEntry{Version: p.Version, Gen: m.Gen, Completed: true})
 			m.Ver++
 			m.event(Event{Kind: VersionAdopted, Note: p.Version})
@@ -341,6 +363,9 @@ func Adopt(s *State, p *Plan, nonce string, now time.Time) (Standing, []Event) {
 func (m *move) edited(nonce string) {
 	assignment := m.Assignment != m.p.Assignment
 	m.Policy, m.Assignment = m.p.Policy, m.p.Assignment
+	if !m.Phase.Latched() {
+		m.Undoes = m.p.Steps
+	}
 	switch {
 	case m.Phase == Completed || m.Phase.Latched() || m.Stage == (StageRef{}):
 		m.Shares = m.p.shares(m.State)
@@ -353,6 +378,12 @@ func (m *move) edited(nonce string) {
 	i := m.restage()
 	m.Stage = m.p.Stages[i].StageRef
 	m.Climb, m.From = 0, 0
+	if steps := m.p.Stages[i].climb(); steps > 0 { // it climbs on from where it is
+		m.Climb, m.From = 1, m.within(m.Stage.Ring)
+		if m.From >= m.Stage.Percent {
+			m.Climb = steps
+		}
+	}
 	m.Proved = false
 	m.p.Judge.Prune(&m.Gates)
 	m.fresh()
@@ -387,8 +418,9 @@ func (m *move) restage() int {
 }
 
 // BeginAttempt records that the next step of a rollback is about to be attempted by runner, and returns its index, or -1
-// if there is nothing to attempt. names are the steps that the runner can do.
-func BeginAttempt(s *State, runner string) int {
+// if there is nothing to attempt. Only the runner of the present term may begin one, or who takes over from it: with a
+// higher term, so that what the one before still does can be told apart.
+func BeginAttempt(s *State, runner string, takeOver bool) int {
 	if s.Phase != RollingBack {
 		return -1
 	}
@@ -397,9 +429,13 @@ func BeginAttempt(s *State, runner string) int {
 		return -1
 	}
 	if s.Runner != runner {
+		if s.Runner != "" && !takeOver {
+			return -1
+		}
 		s.Runner = runner
 		s.Term++
 	}
+	s.Beat++
 	s.Steps = slices.Clone(s.Steps)
 	s.Steps[i].Attempts++
 	return i
@@ -420,10 +456,49 @@ func EndAttempt(s *State, p *Plan, now time.Time, i int, cause string, giveUp bo
 		m.finish()
 		return m.events
 	}
+	s.Beat++
 	m.event(Event{Kind: StepFailed, Note: st.Name + ": " + st.Err})
 	if giveUp {
 		m.phase(Stuck)
 		m.event(Event{Kind: RollbackStuck, Note: st.Name + ": " + st.Err, From: RollingBack, To: Stuck, Incident: s.Incident})
 	}
 	return m.events
+}
+
+// Rejoin squares a stored state that is older than the newest one known, because the store was set back, with what is
+// known: a rollback of either holds, no share is above that of either, counters go on from the greater. Evidence consumed
+// in between is lost, both cohorts alike, and none counts twice.
+func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State, []Event) {
+	if stored == nil {
+		stored = known
+	}
+	s := stored.Clone()
+	if stored.Gen < known.Gen || Raises(known, stored) || known.Phase.Latched() {
+		s = known.Clone()
+	}
+	m := move{State: s, p: p, now: now}
+	s.Gen, s.Ver = max(stored.Gen, known.Gen), max(stored.Ver, known.Ver)+1
+	s.Epoch, s.Round, s.Term = max(stored.Epoch, known.Epoch), max(stored.Round, known.Round), max(stored.Term, known.Term)
+	s.Nonce = nonce
+	s.Cursors = nil
+	if stored.Gen == known.Gen {
+		for _, ring := range slices.Concat(stored.Rings, known.Rings) {
+			if !slices.Contains(s.Rings, ring) {
+				s.Rings = append(s.Rings, ring)
+			}
+		}
+		if stored.Phase.Latched() && !s.Phase.Latched() {
+			m.rollback(stored.Incident)
+		}
+	}
+	if s.Phase == Running && slices.Contains(s.Rings, s.Stage.Ring) {
+		m.hold(HoldCause{Kind: HeldByRings, Note: s.Stage.Ring + " is rolled back"}, nil)
+	}
+	if s.Phase == Running || s.Phase == Held {
+		s.Gates.ResetProof()
+		m.reshare()
+		s.Entered = s.Epoch
+	}
+	m.event(Event{Kind: WentBack})
+	return s, m.events
 }
