@@ -99,12 +99,12 @@ func (s *scope) decide(r *Rollout) Decision {
 			return d
 		}
 	}
-	if !s.known.Load() {
-		s.who()
-	}
 	for i := range s.pins {
 		at := s.pins[i].Load()
 		if at == nil {
+			if !s.known.Load() {
+				s.who()
+			}
 			now, again := r.snap.Load(), false
 			if s.outer != nil {
 				now, again = s.present(r)
@@ -269,9 +269,6 @@ func (r *Rollout) DecideContext(ctx context.Context) Decision {
 	if r == nil {
 		return Decision{}
 	}
-	if s, ok := ctx.(*scope); ok { // no one has put a context around it
-		return s.decide(r)
-	}
 	if s := scopeOf(ctx); s != nil {
 		return s.decide(r)
 	}
@@ -279,4 +276,9 @@ func (r *Rollout) DecideContext(ctx context.Context) Decision {
 }
 
 // Enabled reports whether the unit in ctx gets the candidate: DecideContext(ctx).Enabled().
-func (r *Rollout) Enabled(ctx context.Context) bool { return r.DecideContext(ctx).Enabled() }
+func (r *Rollout) Enabled(ctx context.Context) bool {
+	if s, ok := ctx.(*scope); ok && r != nil {
+		return s.decide(r).Enabled()
+	}
+	return r.DecideContext(ctx).Enabled()
+}
