@@ -272,13 +272,13 @@ func TestStepsGoOn(t *testing.T) {
 // TestCallbackCallsAnything: no callback runs under a lock.
 func TestCallbackCallsAnything(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var r *process
-		calls := 0
+		var running atomic.Pointer[process]
+		var calls atomic.Int32
 		all := func() {
-			if r == nil || calls == 100 { // each of its verbs is an event again
+			r := running.Load()
+			if r == nil || calls.Add(1) > 100 { // each of its verbs is an event again
 				return
 			}
-			calls++
 			r.Status()
 			r.Decide(Unit{})
 			_ = r.Hold(t.Context(), "")
@@ -296,7 +296,8 @@ func TestCallbackCallsAnything(t *testing.T) {
 		p.MayAdvance = func(time.Time) bool { all(); return true }
 		p.Gates = append(p.Gates, Check("host", func(context.Context) (Verdict, error) { all(); return Healthy, nil }))
 		p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error { all(); return nil }}}
-		r = start(t, "x", p, Options{IsFailure: func(error) bool { all(); return true }})
+		r := start(t, "x", p, Options{IsFailure: func(error) bool { all(); return true }})
+		running.Store(r)
 		r.Subscribe(func(Event) { all() })
 		r.serve(10*time.Second, 0, 0)
 		r.Decide(Unit{Key: "call"})
@@ -308,8 +309,8 @@ func TestCallbackCallsAnything(t *testing.T) {
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		r.is(RolledBack, "")
-		if calls < 10 {
-			t.Errorf("%d calls", calls)
+		if calls.Load() < 10 {
+			t.Errorf("%d calls", calls.Load())
 		}
 	})
 }

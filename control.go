@@ -643,7 +643,7 @@ func (r *Rollout) askCheck(ctx context.Context, g Gate) judge.CheckResult {
 		return answer{v, err}, nil
 	})
 	switch {
-	case err != nil && asked.Err() != nil:
+	case asked.Err() != nil: // an answer that comes too late is none
 		late := judge.CheckResult{Cause: "no answer within " + r.checkTimeout().String()}
 		if r.setCheck(g.name, late) {
 			r.wakeUp()

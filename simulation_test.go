@@ -161,6 +161,9 @@ func TestSimulatedPolicy(t *testing.T) {
 	}{{"20 rps", 20, 2 * time.Hour}, {"200 rps", 200, 65 * time.Minute}} {
 		t.Run(c.name, func(t *testing.T) {
 			runs := *simRuns
+			if raced {
+				runs /= 8 // nothing in it is concurrent
+			}
 			var took []time.Duration
 			for seed := range runs {
 				end := simulate(t, checkout(), traffic{rate: c.rate, errors: [2]float64{.01, .01}, horizon: 24 * time.Hour}, uint64(seed))
