@@ -162,9 +162,9 @@ func (r *Rollout) latest(ctx context.Context) (look, error) {
 	return l, nil
 }
 
-// patience is for how many ticks a process waits for another one, of the same version, that gave the rollout another
-// policy than its own: then it takes over.
-const patience = 12
+// patience is for how long a process sees no evaluation by another one, of the same version, that gave the rollout another
+// policy than its own, before it takes over: three checkpoints of an idle rollout, whose interval may be the longer one.
+func (r *Rollout) patience() time.Duration { return max(36*r.o.Interval, 3*time.Minute) }
 
 // yields reports whether the state has another policy than this process, which had its own in force before: whoever came
 // last is right, for as long as it evaluates.
@@ -172,7 +172,7 @@ func (r *Rollout) yields(st *machine.State) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	own := st.Version != r.plan.Version || st.Policy == r.plan.Policy && st.Assignment == r.plan.Assignment
-	return !own && r.ruled && r.still < patience
+	return !own && r.ruled && time.Since(r.moved) < r.patience()
 }
 
 // older reports whether state a was left behind by b.
@@ -244,8 +244,8 @@ func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []
 		if st.Writer != r.incarnation && (r.known == nil || st.Round != r.known.Round) {
 			r.adopted = time.Now()
 		}
-		if r.known != nil && r.known.Round != st.Round {
-			r.still = 0
+		if r.known == nil || r.known.Round != st.Round || r.known.Gen != st.Gen {
+			r.moved = time.Now()
 		}
 		r.ruled = r.ruled || standing == machine.Current && st.Policy == r.plan.Policy
 		r.known, r.standing, r.stale = st, standing, false
@@ -397,9 +397,6 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 		}
 		if l.standing != machine.Current && !l.dirty {
 			r.follow(l.stored, l.standing, nil)
-			r.mu.Lock()
-			r.still++
-			r.mu.Unlock()
 			return
 		}
 		k, next := &cut{at: time.Now()}, l.st
@@ -413,7 +410,8 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 			next, more = r.stepAsking(ctx, l.st, in)
 			l.events = append(l.events, more...)
 			news := len(l.events) + len(in.Blocks) + len(in.Outcomes) + len(in.Breaches)
-			if !l.dirty && news == 0 && k.at.Sub(c.stored) < 12*r.o.Interval {
+			acted := !slices.Equal(next.Acted, l.st.Acted)
+			if !l.dirty && !acted && news == 0 && k.at.Sub(c.stored) < 12*r.o.Interval {
 				if l.st.Phase != machine.Running {
 					c.stepped = k.at // time held does not count
 				}

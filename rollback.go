@@ -80,13 +80,21 @@ func (r *Rollout) incidentOf(in *machine.Incident) *Incident {
 }
 
 // runSteps runs the steps of a rollback until they are done, stuck, another process's to run, or ctx ends. The attempt is
-// stored before it is made. takeOver: another process that ran them gives no sign of life.
-func (r *Rollout) runSteps(ctx context.Context, takeOver bool) {
+// stored before it is made. idle: they stand still, because whoever ran them gives no sign of life, or because nobody has
+// a step of the next one's name.
+func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 	for attempt := 0; ctx.Err() == nil; {
 		var i int
 		var st *machine.State
 		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
-			i = machine.BeginAttempt(s, r.incarnation, takeOver)
+			i = -1
+			if name, ok := machine.NextStep(s); ok {
+				if _, have := r.step(name); have || idle {
+					i = machine.BeginAttempt(s, r.incarnation, idle)
+				} else if s.Runner == r.incarnation {
+					s.Runner = "" // for a process that has it
+				}
+			}
 			st = s
 			return nil, nil
 		})
@@ -100,7 +108,7 @@ func (r *Rollout) runSteps(ctx context.Context, takeOver bool) {
 		if i < 0 {
 			return
 		}
-		takeOver = false // the term is ours, or was lost
+		idle = false // the term is ours, or was lost
 		cause := r.attempt(ctx, st, i)
 		if ctx.Err() != nil && cause != "" {
 			r.release(st)

@@ -90,7 +90,7 @@ type Rollout struct {
 	stale       bool            // the lease is over
 	adopted     time.Time       // when another process\'s evaluation was last seen
 	ruled       bool            // this process\'s own policy was in force
-	still       int             // ticks for which no evaluation was seen
+	moved       time.Time       // when an evaluation was last seen
 	storeErr    error           // of the last use of the Store
 	checks      map[string]judge.CheckResult
 	ledgers     []*ledger       // of the epochs that still count, the present one last

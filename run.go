@@ -121,10 +121,10 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 			r.refresh(unhurried)
 		}
 		r.logUnknown()
-		if run, takeOver := r.stepsToRun(evaluate); run {
+		if run, idle := r.stepsToRun(); run {
 			select {
 			case steps <- struct{}{}:
-				work.Go(func() { r.runSteps(ctx, takeOver); <-steps })
+				work.Go(func() { r.runSteps(ctx, idle); <-steps })
 			default:
 			}
 		}
@@ -145,31 +145,41 @@ func (r *Rollout) finish(ctx context.Context) {
 	r.tick(ctx, &r.clock, true)
 }
 
-// rival is another process that runs rollback steps, as it was last seen.
+// rival is what was last seen of the steps of a rollback, whoever runs them.
 type rival struct {
-	term, beat uint64
-	polls      int // for which it gave no sign of life
+	gen, term, beat uint64
+	since           time.Time // nothing moved
+}
+
+// How long the steps of a rollback may stand still before another process takes them over, and before one that has no
+// step of the next one's name says so.
+func (r *Rollout) stepsPatience(have bool) time.Duration {
+	if have {
+		return max(3*r.o.Interval, 15*time.Second)
+	}
+	return max(12*r.o.Interval, time.Minute)
 }
 
 // stepsToRun reports whether this process should run rollback steps, of whichever version: they are found by name. It
-// takes over from another one that gave no sign of life for three ticks.
-func (r *Rollout) stepsToRun(ticked bool) (run, takeOver bool) {
+// takes over from another process where they stand still. idle: that is why.
+func (r *Rollout) stepsToRun() (run, idle bool) {
 	r.mu.Lock()
 	st := r.known
 	r.mu.Unlock()
-	if st == nil || st.Phase != machine.RollingBack {
+	name, ok := machine.NextStep(st)
+	if !ok {
 		r.rival = rival{}
 		return false, false
 	}
-	if st.Runner == "" || st.Runner == r.incarnation {
+	if now := (rival{gen: st.Gen, term: st.Term, beat: st.Beat, since: r.rival.since}); now != r.rival {
+		now.since = time.Now()
+		r.rival = now
+	}
+	_, have := r.step(name)
+	if have && (st.Runner == "" || st.Runner == r.incarnation) {
 		return true, false
 	}
-	if st.Term != r.rival.term || st.Beat != r.rival.beat {
-		r.rival = rival{term: st.Term, beat: st.Beat}
-	} else if ticked {
-		r.rival.polls++
-	}
-	return r.rival.polls >= 3, true
+	return time.Since(r.rival.since) >= r.stepsPatience(have), true
 }
 
 // watch passes the Store's hints on to the loop.

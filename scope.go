@@ -14,13 +14,12 @@ import (
 type scope struct {
 	context.Context
 
-	once   sync.Once   // guards the asking of unitOf
-	known  atomic.Bool // the unit is known: once is done
+	once   sync.Once     // guards the asking of unitOf
+	known  atomic.Uint32 // once is done: isKnown, and isPlain where it is
 	unitOf func(*http.Request) Unit
 	req    *http.Request
 	unit   Unit
 	hash   uint64
-	plain  bool // the unit has a key and no groups
 
 	records bool                        // whoever made the scope records what comes of it
 	outer   *scope                      // what it already answered for the same unit stands; may be nil
@@ -32,6 +31,12 @@ type scope struct {
 		pins []*snapshot
 	}
 }
+
+// What a scope knows of its unit. Plain: a key, no groups, and no scope around that may have answered before.
+const (
+	isKnown = 1 << iota
+	isPlain
+)
 
 type scopeKey struct{}
 
@@ -88,8 +93,11 @@ func (s *scope) ask() {
 		s.unit = s.unitOf(s.req)
 	}
 	s.hash = xxhash.Sum64String(s.unit.Key)
-	s.plain = s.unit.Key != "" && len(s.unit.Groups) == 0
-	s.known.Store(true)
+	known := uint32(isKnown)
+	if s.unit.Key != "" && len(s.unit.Groups) == 0 && s.outer == nil {
+		known |= isPlain
+	}
+	s.known.Store(known)
 }
 
 // decide is r's answer in this scope, given and counted once.
@@ -102,28 +110,29 @@ func (s *scope) decide(r *Rollout) Decision {
 	for i := range s.pins {
 		at := s.pins[i].Load()
 		if at == nil {
-			if !s.known.Load() {
-				s.who()
-			}
 			now, again := r.snap.Load(), false
-			if s.outer != nil {
-				now, again = s.present(r)
-			}
-			if s.pins[i].CompareAndSwap(nil, now) {
-				if again {
-					return now.decision(&s.unit, s.hash)
-				}
-				if now.plain && s.plain {
+			if s.known.Load() == isKnown|isPlain && now.plain {
+				if s.pins[i].CompareAndSwap(nil, now) {
 					b := now.last.answer(bucketOf(now.salt, s.hash))
 					now.last.count(b)
 					return Decision{now, b}
 				}
-				return now.counted(&s.unit, s.hash)
+			} else {
+				u := s.who()
+				if s.outer != nil {
+					now, again = s.present(r)
+				}
+				if s.pins[i].CompareAndSwap(nil, now) {
+					if again {
+						return now.decision(u, s.hash)
+					}
+					return now.counted(u, s.hash)
+				}
 			}
 			at = s.pins[i].Load()
 		}
 		if at.r == r {
-			if at.plain && s.plain {
+			if at.plain && s.known.Load() == isKnown|isPlain {
 				return Decision{at, at.last.answer(bucketOf(at.salt, s.hash))}
 			}
 			return at.decision(&s.unit, s.hash)

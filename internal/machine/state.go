@@ -245,8 +245,8 @@ func (s *State) Clone() *State {
 	return &c
 }
 
-// Encode is the document as stored. Where it would be too large the oldest shares of the history are left out, and then
-// what gates remember of the past of metrics, because a rollback must always be stored.
+// Encode is the document as stored. Where it would be too large the oldest shares of the history are left out, then what
+// gates remember of the past of metrics, then notes and the oldest versions, because a rollback must always be stored.
 func (s *State) Encode() ([]byte, error) {
 	b, err := json.Marshal(s)
 	for c := s; err == nil && len(b) > MaxBytes; b, err = json.Marshal(c) {
@@ -258,6 +258,13 @@ func (s *State) Encode() ([]byte, error) {
 			c.History = c.History[len(c.History)/2:]
 		case c.Gates.Memory != nil:
 			c.Gates.Memory = nil
+		case len(c.Notes) > 0:
+			c.Notes = nil
+		case len(c.Versions) > 2:
+			half := slices.Clone(c.Versions[:len(c.Versions)/2])
+			c.Versions = slices.DeleteFunc(c.Versions, func(e VersionEntry) bool {
+				return slices.Contains(half, e) && e.Version != c.Version
+			})
 		default:
 			return nil, fmt.Errorf("the state document would be %d bytes; %d is the most", len(b), MaxBytes)
 		}

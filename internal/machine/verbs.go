@@ -417,6 +417,19 @@ func (m *move) restage() int {
 	return len(m.p.Stages) - 1
 }
 
+// NextStep is the name of the step that a rollback under way needs next.
+func NextStep(s *State) (name string, ok bool) {
+	if s == nil || s.Phase != RollingBack {
+		return "", false
+	}
+	for _, st := range s.Steps {
+		if !st.Done {
+			return st.Name, true
+		}
+	}
+	return "", false
+}
+
 // BeginAttempt records that the next step of a rollback is about to be attempted by runner, and returns its index, or -1
 // if there is nothing to attempt. Only the runner of the present term may begin one, or who takes over from it: with a
 // higher term, so that what the one before still does can be told apart.

@@ -1,0 +1,83 @@
+package machine
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/judge"
+)
+
+// TestEncodeTooLarge: a document that has grown too large still takes a rollback, at the cost of its oldest history and
+// of what gates remember; what decides is kept.
+func TestEncodeTooLarge(t *testing.T) {
+	j, err := judge.New([]judge.Spec{{Name: "most", Metric: "errors", Kind: judge.AtMost, Margin: .2, Action: judge.Rollback}}, judge.Risk{FalseRollback: .01, FalsePromotion: .05})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &Plan{Version: "v", Judge: j, OnDeadline: judge.Hold, Policy: "p", Assignment: "a", Tick: tick, Steps: []string{"undo"}}
+	for i := range 64 {
+		p.Rings = append(p.Rings, fmt.Sprintf("ring-%02d-%s", i, strings.Repeat("x", 100)))
+	}
+	last := p.Rings[len(p.Rings)-1]
+	p.Stages = []Stage{
+		{StageRef: StageRef{Name: "some", Ring: last, Percent: 10}, Deadline: time.Hour, Control: true, Armed: []bool{true}},
+		{StageRef: StageRef{Name: "all", Ring: last, Percent: 100}, Deadline: time.Hour, Last: true, Armed: []bool{true}},
+	}
+	wide := func(s *State) { // shares of 64 rings, 1024 times
+		for i := range MaxHistory {
+			s.History = append(s.History, Change{Epoch: uint64(i + 1), At: epoch0, Shares: s.Shares})
+		}
+	}
+	deep := func(s *State) { // two hundred metrics in every ring
+		s.Gates.Memory = map[string]map[string]*judge.Memory{}
+		for i := range 200 {
+			rings := map[string]*judge.Memory{}
+			for _, ring := range p.Rings {
+				rings[ring] = &judge.Memory{RecentN: 1}
+			}
+			s.Gates.Memory[fmt.Sprint("metric ", i)] = rings
+		}
+	}
+	for name, grow := range map[string][]func(*State){"history": {wide}, "memory": {deep}, "both": {wide, deep}} {
+		t.Run(name, func(t *testing.T) {
+			s := New("x", p, "n")
+			Step(s, p, Input{Now: epoch0, MayAdvance: true})
+			s.Consume("one", 7)
+			for _, f := range grow {
+				f(s)
+			}
+			if _, err := Apply(s, p, Verb{Name: VerbRollback, Note: "stop", Now: epoch0}); err != nil {
+				t.Fatal(err)
+			}
+			changes, remembered := len(s.History), s.Gates.Memory != nil
+			b, err := s.Encode()
+			if err != nil {
+				t.Fatalf("the rollback cannot be stored: %v", err)
+			}
+			if len(b) > MaxBytes {
+				t.Errorf("%d bytes", len(b))
+			}
+			if len(s.History) != changes || (s.Gates.Memory != nil) != remembered {
+				t.Error("Encode changed the state")
+			}
+			got, err := Decode("x", b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.Phase != RollingBack || got.Gen != s.Gen || got.Ver != s.Ver || got.Epoch != s.Epoch || len(got.Steps) != 1 ||
+				got.Incident == nil || got.Incident.Note != "stop" || !got.Consumed("one", 7) || maxShare(got.Shares) != 0 {
+				t.Errorf("stored is %+v", got)
+			}
+			if n := len(got.History); n == 0 || n >= changes && changes > 1 && name != "memory" || got.History[n-1].Epoch != s.History[changes-1].Epoch {
+				t.Errorf("%d of %d changes are left, not the newest", n, changes)
+			}
+		})
+	}
+	s := New("x", p, "n")
+	s.Incident = &Incident{Note: strings.Repeat("x", MaxBytes)}
+	if _, err := s.Encode(); err == nil || !strings.Contains(err.Error(), "bytes") {
+		t.Errorf("what cannot be cut down is stored: %v", err)
+	}
+}
