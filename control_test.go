@@ -440,39 +440,48 @@ func TestLostAcknowledgement(t *testing.T) {
 
 // TestGoesOn: a process that ends, and one that is killed, leave a state that the next goes on from.
 func TestGoesOn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir, err := DirStore(t.TempDir())
-		if err != nil {
-			t.Fatal(err)
-		}
-		r := start(t, "x", threeStages(), Options{Store: dir})
-		r.serve(90*time.Second, 0, 0)
-		r.is(Running, "everyone 50 %")
-		before := r.Status()
-		r.stop()
-		if last := r.Status(); last.Gates[0].Candidate.N < before.Gates[0].Candidate.N {
-			t.Error("the last evidence was lost")
-		}
-		again := start(t, "x", threeStages(), Options{Store: dir})
-		again.is(Running, "everyone 50 %")
-		if again.Status().Gates[0].Candidate.N < before.Gates[0].Candidate.N || again.Status().Stage.Baked < before.Stage.Baked {
-			t.Errorf("it begins again: %+v", again.Status().Stage)
-		}
-		time.Sleep(time.Hour)
-		again.until(Completed, 0, 0)
-		again.stop()
+	for name, killed := range map[string]bool{"ends": false, "is killed": true} {
+		t.Run(name, func(t *testing.T) { synctest.Test(t, func(t *testing.T) { goesOn(t, killed) }) })
+	}
+}
 
-		lone := Must("x", threeStages(), &Options{Store: dir, Logger: quiet})
-		if lone.Decide(Unit{Key: "a"}).Reason() != ReasonNotLoaded {
-			t.Error("it answers before it is loaded")
-		}
-		if err := lone.Ready(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		if !lone.Decide(Unit{Key: "a"}).Enabled() {
-			t.Error("ready, and not what was stored")
-		}
-	})
+func goesOn(t *testing.T, killed bool) {
+	dir, err := DirStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &faulty{Store: dir}
+	r := start(t, "x", threeStages(), Options{Store: f})
+	r.serve(90*time.Second, 0, 0)
+	r.is(Running, "everyone 50 %")
+	before := r.Status()
+	if killed {
+		f.set(down, down, nil) // nothing of it reaches the store any more
+	}
+	r.stop()
+	again := start(t, "x", threeStages(), Options{Store: dir})
+	again.is(Running, "everyone 50 %")
+	after := again.Status()
+	if after.Gates[0].Candidate.N < before.Gates[0].Candidate.N || after.Stage.Baked < before.Stage.Baked {
+		t.Errorf("it begins again: %+v", after.Stage)
+	}
+	if most := before.Rings[0].Candidate; !killed && after.Gates[0].Candidate.N != most {
+		t.Errorf("of %d candidate outcomes %d were judged: the last evidence is not there", most, after.Gates[0].Candidate.N)
+	}
+	time.Sleep(time.Hour)
+	again.until(Completed, 0, 0)
+	again.stop()
+
+	lone := Must("x", threeStages(), &Options{Store: dir, Logger: quiet})
+	if lone.Decide(Unit{Key: "a"}).Reason() != ReasonNotLoaded {
+		t.Error("it answers before it is loaded")
+	}
+	if err := lone.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if !lone.Decide(Unit{Key: "a"}).Enabled() {
+		t.Error("ready, and not what was stored")
+	}
 }
 
 // TestGarbage: a document that cannot be read is an error that says so, is never overwritten, and the last good share is

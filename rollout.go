@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"go.opentelemetry.io/otel/metric"
 
@@ -40,7 +41,8 @@ type Options struct {
 	// Store keeps the state across restarts and shares it between processes. Nil keeps it in memory: a restart then
 	// forgets everything, also a rollback. Run says so once.
 	Store Store
-	// Replica names this process. Default: the host's name and a random suffix.
+	// Replica names this process in what it writes, for people; two lives or processes of one name are told apart all the
+	// same, by a random suffix. Default: the host's name.
 	Replica string
 	// Interval is the time between two ticks, at each of which the gates are judged. Default: 5 s.
 	Interval time.Duration
@@ -66,7 +68,6 @@ type Rollout struct {
 	o           Options
 	store       Store
 	shared      bool
-	replica     string
 	incarnation string // of this Rollout: one life of one process
 
 	snap    atomic.Pointer[snapshot] // what decisions see
@@ -128,12 +129,15 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	if opts.Lease < 0 {
 		problems = append(problems, fmt.Errorf("rollout: Options.Lease: %v is negative", opts.Lease))
 	}
+	if len(opts.Replica) > 256 || !utf8.ValidString(opts.Replica) {
+		problems = append(problems, fmt.Errorf("rollout: Options.Replica: %.300q must be valid UTF-8 and at most 256 bytes", opts.Replica))
+	}
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
 	r := &Rollout{
 		name: name, policy: p.withDefaults(name), o: opts,
-		store: opts.Store, shared: opts.Store != nil, replica: opts.Replica,
+		store: opts.Store, shared: opts.Store != nil,
 		wake: make(chan struct{}, 1), hint: make(chan struct{}, 1), queued: make(chan struct{}, 1),
 		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{},
 	}
@@ -143,11 +147,11 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	if r.store == nil {
 		r.store = MemStore()
 	}
-	if r.replica == "" {
-		host, _ := os.Hostname()
-		r.replica = strings.TrimLeft(host+"-"+randomText(), "-")
+	replica := opts.Replica
+	if replica == "" {
+		replica, _ = os.Hostname()
 	}
-	r.incarnation = randomText()
+	r.incarnation = strings.ToValidUTF8(replica, "") + "-" + randomText()
 	r.gates = r.policy.allGates()
 	for _, m := range r.policy.allMetrics(r.gates) {
 		r.metrics = append(r.metrics, metricView{ref: m, kind: m.Value().kind, never: r.policy.never(m, r.gates)})
