@@ -297,6 +297,11 @@ func Decode(name string, b []byte) (*State, error) {
 	if err := s.check(name); err != nil {
 		return nil, fmt.Errorf("the state document: %w", err)
 	}
+	for _, m := range []*map[string]float64{&s.Shares, &s.Reach} {
+		if *m == nil {
+			*m = map[string]float64{}
+		}
+	}
 	return &s, nil
 }
 
