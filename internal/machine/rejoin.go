@@ -1,0 +1,44 @@
+package machine
+
+import (
+	"slices"
+	"time"
+)
+
+// Rejoin squares a stored state that is older than the newest one known, because the store was set back, with what is
+// known: a rollback of either holds, no share is above that of either, counters go on from the greater. Evidence consumed
+// in between is lost, both cohorts alike, and none counts twice.
+func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State, []Event) {
+	if stored == nil {
+		stored = known
+	}
+	s := stored.Clone()
+	if stored.Gen < known.Gen || Raises(known, stored) || known.Phase.Latched() {
+		s = known.Clone()
+	}
+	m := move{State: s, p: p, now: now}
+	s.Gen, s.Ver = max(stored.Gen, known.Gen), max(stored.Ver, known.Ver)+1
+	s.Epoch, s.Round, s.Term = max(stored.Epoch, known.Epoch), max(stored.Round, known.Round), max(stored.Term, known.Term)
+	s.Nonce = nonce
+	s.Cursors = nil
+	if stored.Gen == known.Gen {
+		for _, ring := range slices.Concat(stored.Rings, known.Rings) {
+			if !slices.Contains(s.Rings, ring) {
+				s.Rings = append(s.Rings, ring)
+			}
+		}
+		if stored.Phase.Latched() && !s.Phase.Latched() {
+			m.rollback(stored.Incident)
+		}
+	}
+	if s.Phase == Running && slices.Contains(s.Rings, s.Stage.Ring) {
+		m.hold(HoldCause{Kind: HeldByRings, Note: s.Stage.Ring + " is rolled back"}, nil)
+	}
+	if s.Phase == Running || s.Phase == Held {
+		s.Gates.ResetProof()
+		m.reshare()
+		s.Entered = s.Epoch
+	}
+	m.event(Event{Kind: WentBack})
+	return s, m.events
+}

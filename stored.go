@@ -1,0 +1,372 @@
+package rollout
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/machine"
+)
+
+func (r *Rollout) key() string { return "rollout/" + r.name + "/state" }
+
+// storeTimeout is for one use of the Store.
+func (r *Rollout) storeTimeout() time.Duration { return max(r.o.Interval, 2*time.Second) }
+
+// maxStray bounds the calls that a Store which ignores its context may leave behind.
+const maxStray = 16
+
+// use makes one use of the Store, and gives up on it when ctx ends or it takes too long, even if the Store does not.
+func use[T any](ctx context.Context, r *Rollout, f func(context.Context) (T, error)) (T, error) {
+	var zero T
+	if err := ctx.Err(); err != nil {
+		return zero, err
+	}
+	if !r.shared { // memory does not hang
+		return f(ctx)
+	}
+	if r.stray.Load() >= maxStray {
+		return zero, errors.New("the Store has not come back from earlier calls")
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.storeTimeout())
+	defer cancel()
+	r.stray.Add(1)
+	return guard(ctx, 0, func(ctx context.Context) (T, error) {
+		defer r.stray.Add(-1)
+		return f(ctx)
+	})
+}
+
+// decoded is the state of one revision, which is never used for another.
+type decoded struct {
+	st  *machine.State
+	rev uint64
+}
+
+// load reads the stored state, which the caller must not change; nil if there is none.
+func (r *Rollout) load(ctx context.Context) (*machine.State, uint64, error) {
+	type loaded struct {
+		value []byte
+		rev   uint64
+	}
+	got, err := use(ctx, r, func(ctx context.Context) (loaded, error) {
+		v, rev, err := r.store.Load(ctx, r.key())
+		return loaded{v, rev}, err
+	})
+	if err != nil {
+		return nil, 0, fmt.Errorf("load %s: %w", r.key(), err)
+	}
+	if got.rev == 0 {
+		return nil, 0, nil
+	}
+	if d := r.decoded.Load(); d != nil && d.rev == got.rev {
+		return d.st, got.rev, nil
+	}
+	st, err := machine.Decode(r.name, got.value)
+	if err != nil {
+		return nil, 0, fmt.Errorf("%s: %w", r.key(), err)
+	}
+	r.decoded.Store(&decoded{st, got.rev})
+	return st, got.rev, nil
+}
+
+// swap writes the state over revision old. An outcome that is unknown is looked up once: landed says whether this very
+// write is there.
+func (r *Rollout) swap(ctx context.Context, st *machine.State, old uint64) (landed bool, err error) {
+	st.Writer, st.Op = r.incarnation, strconv.FormatUint(r.op.Add(1), 36)
+	doc, err := st.Encode()
+	if err != nil {
+		return false, err
+	}
+	landed, err = use(ctx, r, func(ctx context.Context) (bool, error) {
+		_, swapped, err := r.store.CompareAndSwap(ctx, r.key(), old, doc)
+		return swapped, err
+	})
+	if err == nil {
+		return landed, nil
+	}
+	err = fmt.Errorf("write %s: %w", r.key(), err)
+	now, _, again := r.load(ctx)
+	if again != nil {
+		return false, err
+	}
+	if now != nil && now.Writer == st.Writer && now.Op == st.Op {
+		return true, nil
+	}
+	return false, err
+}
+
+// look is the stored state and what this process would make of it.
+type look struct {
+	stored   *machine.State // nil if there is none
+	rev      uint64
+	st       *machine.State // the caller's own
+	events   []machine.Event
+	standing machine.Standing
+	dirty    bool // st is not what is stored, and must be stored before it is followed
+}
+
+// latest loads the state and squares it with this process: where there is none, the newest one known, or a new one; one
+// that is older than what was known before is joined with that; and a rollback in force here is one there, before
+// anything else.
+func (r *Rollout) latest(ctx context.Context) (look, error) {
+	r.mu.Lock()
+	known, intent := r.known, r.intent
+	r.mu.Unlock()
+	stored, rev, err := r.load(ctx)
+	if ctx.Err() == nil || err == nil {
+		r.noteStore(err)
+	}
+	if err != nil {
+		return look{}, err
+	}
+	l := look{stored: stored, rev: rev}
+	switch {
+	case stored == nil && known == nil:
+		l.st, l.dirty = machine.New(r.name, r.plan, randomText()), true
+	case stored == nil, known != nil && older(stored, known):
+		r.logger().Error("rollout: the Store went back to an older state; what was known is joined with it", "rollout", r.name)
+		l.st, l.events = machine.Rejoin(stored, known, r.plan, randomText(), time.Now())
+		l.dirty = true
+	default:
+		l.st = stored.Clone()
+	}
+	if intent != nil && (intent.gen == 0 || intent.gen == l.st.Gen) {
+		more, err := machine.Apply(l.st, r.plan, machine.Verb{Name: machine.VerbRollback, Note: intent.note, Incident: intent.incident, Now: time.Now()})
+		if err == nil && len(more) > 0 {
+			l.events = append(l.events, more...)
+			l.standing, l.dirty = machine.Stands(l.st, r.plan), true
+			return l, nil // nothing new begins before it is stored
+		}
+	}
+	if r.yields(l.st) {
+		l.standing = machine.Yields(l.st, r.plan)
+		return l, nil
+	}
+	ver := l.st.Ver
+	standing, more := machine.Adopt(l.st, r.plan, randomText(), time.Now())
+	l.standing, l.events = standing, append(l.events, more...)
+	l.dirty = l.dirty || l.st.Ver != ver
+	return l, nil
+}
+
+// patience is for how long a process sees no evaluation by another one, of the same version, that gave the rollout another
+// policy than its own, before it takes over: three checkpoints of an idle rollout, whose interval may be the longer one.
+func (r *Rollout) patience() time.Duration { return max(36*r.o.Interval, 3*time.Minute) }
+
+// yields reports whether the state has another policy than this process, which had its own in force before: whoever came
+// last is right, for as long as it evaluates.
+func (r *Rollout) yields(st *machine.State) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	own := st.Version != r.plan.Version || st.Policy == r.plan.Policy && st.Assignment == r.plan.Assignment
+	return !own && r.ruled && time.Since(r.moved) < r.patience()
+}
+
+// older reports whether state a was left behind by b.
+func older(a, b *machine.State) bool { return a.Gen < b.Gen || a.Gen == b.Gen && a.Ver < b.Ver }
+
+// noteStore remembers how the last use of the Store went, and logs a change.
+func (r *Rollout) noteStore(err error) {
+	r.mu.Lock()
+	was := r.storeErr
+	r.storeErr = err
+	r.mu.Unlock()
+	switch {
+	case err != nil && was == nil:
+		r.logger().Error("rollout: the Store cannot be used; the present shares stay and nothing advances", "rollout", r.name, "err", err)
+		r.emit(nil, Event{Time: time.Now(), Kind: StoreFailed, Name: r.name, Err: err})
+	case err == nil && was != nil:
+		r.logger().Info("rollout: the Store is back", "rollout", r.name)
+		r.emit(nil, Event{Time: time.Now(), Kind: StoreBack, Name: r.name})
+	}
+}
+
+// update changes the stored state by f, until no other writer comes between, and follows the result. f may be called
+// several times, each time with a state of its own.
+func (r *Rollout) update(ctx context.Context, f func(*machine.State, machine.Standing) ([]machine.Event, error)) (*machine.State, error) {
+	var gen uint64
+	for {
+		l, err := r.latest(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrNotStored, err)
+		}
+		if gen != 0 && l.st.Gen != gen {
+			return nil, fmt.Errorf("rollout: overtaken: generation %d began meanwhile", l.st.Gen)
+		}
+		gen = l.st.Gen
+		more, err := f(l.st, l.standing)
+		if err != nil {
+			return nil, err
+		}
+		if !l.dirty && len(more) == 0 && same(l.stored, l.st) {
+			r.follow(l.stored, l.standing, nil)
+			return l.st, nil
+		}
+		landed, err := r.swap(ctx, l.st, l.rev)
+		if err != nil {
+			if ctx.Err() == nil {
+				r.noteStore(err)
+			}
+			return nil, fmt.Errorf("%w: %w", ErrNotStored, err)
+		}
+		if landed {
+			r.follow(l.st, l.standing, append(l.events, more...))
+			return l.st, nil
+		}
+	}
+}
+
+// same reports whether two states are the same document.
+func same(a, b *machine.State) bool {
+	x, errX := a.Encode()
+	y, errY := b.Encode()
+	return errX == nil && errY == nil && string(x) == string(y)
+}
+
+// follow makes a state that is stored the one that decisions follow, unless a newer one is followed already, and tells of
+// the events that led to it.
+func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []machine.Event) {
+	r.mu.Lock()
+	if r.known == nil || !older(st, r.known) {
+		if st.Writer != r.incarnation && (r.known == nil || st.Round != r.known.Round) {
+			r.adopted = time.Now()
+		}
+		if r.known == nil || r.known.Round != st.Round || r.known.Gen != st.Gen {
+			r.moved = time.Now()
+		}
+		r.ruled = r.ruled || standing == machine.Current && st.Policy == r.plan.Policy
+		r.known, r.standing, r.stale = st, standing, false
+		if r.latchAny {
+			r.latch[st.Gen], r.latchAny = true, false
+		}
+		if r.intent != nil {
+			if r.intent.gen == 0 {
+				r.intent.gen = st.Gen
+			}
+			if st.Gen > r.intent.gen || st.Gen == r.intent.gen && st.Phase.Latched() {
+				r.intent = nil
+			}
+		}
+		if st.Phase.Latched() {
+			r.latch[st.Gen] = true
+		}
+		r.publishLocked()
+	}
+	r.mu.Unlock()
+	for _, e := range events {
+		r.emit(st, r.event(st, e))
+	}
+}
+
+// latchedLocked reports whether this process must not expose the candidate of the state, as it stands to it.
+func (r *Rollout) latchedLocked(st *machine.State) bool {
+	gen := st.Gen
+	if r.standing == machine.Done { // it serves an earlier generation's
+		for _, e := range st.Versions {
+			if e.Version == r.plan.Version {
+				gen = e.Gen
+			}
+		}
+	}
+	return r.latch[gen] || r.latchAny
+}
+
+// publishLocked swaps what decisions see, if it is no longer what the state asks for.
+func (r *Rollout) publishLocked() {
+	if r.forced != nil {
+		return
+	}
+	everyone := len(r.plan.Rings) - 1
+	st := r.known
+	view := snapKey{}
+	if st != nil {
+		view = snapKey{gen: st.Gen, epoch: st.Epoch, version: st.Version}
+	}
+	switch {
+	case r.latchAny, st != nil && r.latchedLocked(st):
+		view.answer = pack(false, None, ReasonRolledBack, everyone, 0)
+	case st == nil:
+		view.answer = pack(false, None, ReasonNotLoaded, everyone, 0)
+	case r.standing == machine.Done:
+		view.answer = pack(true, None, ReasonCompleted, everyone, 0)
+	case r.standing == machine.Passive:
+		view.answer = pack(false, None, ReasonVersion, everyone, 0)
+	case r.stale && st.Phase != machine.Completed:
+		view.answer = pack(false, None, ReasonNotLoaded, everyone, 0)
+	}
+	if r.view == view && st != nil {
+		return
+	}
+	r.view = view
+	if view.answer != 0 {
+		r.openLocked(r.fixedSnapshot(st, view.answer))
+	} else {
+		r.openLocked(r.newSnapshot(st))
+	}
+}
+
+// snapKey names what a snapshot was made of.
+type snapKey struct {
+	gen, epoch uint64
+	version    string
+	answer     bits // for everybody, whatever the state says; 0: as the state says
+}
+
+// maxLedgers bounds the epochs whose evidence waits to be consumed.
+const maxLedgers = 32
+
+// openLocked makes s what decisions see. The evidence of the epoch before still comes in; what is older only waits to be
+// consumed. That of another generation, or of a candidate that is rolled back or completed, counts no more.
+func (r *Rollout) openLocked(s *snapshot) {
+	counts := r.known != nil && (r.known.Phase == machine.Running || r.known.Phase == machine.Held) && !r.latchedLocked(r.known)
+	var keep []*ledger
+	for i, l := range r.ledgers {
+		if !counts || l.snap.gen != r.known.Gen || len(r.ledgers)-i >= maxLedgers {
+			r.retireLocked(l)
+			continue
+		}
+		if i < len(r.ledgers)-1 {
+			l.snap.over.Store(true)
+		}
+		keep = append(keep, l)
+	}
+	if !s.never {
+		keep = append(keep, newLedger(s, time.Now()))
+	}
+	r.ledgers = keep
+	r.snap.Store(s)
+}
+
+// sweep drops the ledgers that nothing comes into any more, once they are consumed.
+func (r *Rollout) sweep(consumed []*ledger) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.ledgers = slices.DeleteFunc(slices.Clone(r.ledgers), func(l *ledger) bool {
+		if !l.snap.over.Load() || !slices.Contains(consumed, l) {
+			return false
+		}
+		r.retireLocked(l)
+		return true
+	})
+}
+
+// snapshotOf is the snapshot of an epoch, for a parsed decision.
+func (r *Rollout) snapshotOf(gen, epoch uint64) *snapshot {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, l := range r.ledgers {
+		if l.snap.gen == gen && l.snap.epoch == epoch {
+			return l.snap
+		}
+	}
+	s := r.fixedSnapshot(nil, 0)
+	s.gen, s.epoch = gen, epoch
+	if r.known != nil && r.known.Gen == gen {
+		s.version = r.known.Version
+	}
+	return s
+}
