@@ -15,6 +15,7 @@ type Judge struct {
 	gates []gate
 	specs []Spec
 	risk  Risk
+	marks map[string][]Mark // by metric
 }
 
 // A gate is a Spec with its bets. The rollback side and the proof are each an
@@ -61,6 +62,7 @@ type bet struct {
 	shift    int
 	fixed    bool
 	cell     int
+	bit      int // its mark
 }
 
 func (b *bet) prior() evalue.Prior {
@@ -91,6 +93,11 @@ func New(specs []Spec, risk Risk) (*Judge, error) {
 			errs = append(errs, fmt.Errorf("gate %q: %w", s.Name, err))
 		}
 		names[s.Name] = true
+		for k := range g.rollback {
+			if b := &g.rollback[k]; b.quantile > 0 || b.fixed {
+				b.bit = j.mark(s.Metric, Mark{Quantile: b.quantile, Shift: b.shift, Cell: b.cell})
+			}
+		}
 		j.gates = append(j.gates, g)
 		if len(g.rollback) > 0 {
 			size[g.group]++

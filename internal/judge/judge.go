@@ -17,7 +17,8 @@ import (
 )
 
 // Kind is the question a gate asks. The first five are of a Rate, the next
-// three of a Timing.
+// three of a Timing; then by name. The badness of a score is 0 at the best
+// value of its range and 1 at the worst.
 type Kind uint8
 
 const (
@@ -30,6 +31,13 @@ const (
 	QuantileAtMost                   // candidate's Quantile at most Limit
 	TimingNoWorse                    // candidate's median and 99th percentile at most control's; a guard
 	Check                            // answered by the host, no block feeds it
+	ScoreWithin                      // candidate's mean badness at most control's plus Margin
+	ScoreAtLeast                     // candidate's mean badness at most Margin
+	ScoreNoWorse                     // candidate's mean badness at most control's; a guard
+	MixWithin                        // total variation distance of candidate and control at most Margin
+	MixNoChange                      // candidate's mix is control's; a guard
+	Silence                          // candidate's decisions go without an outcome no more often than control's; a guard
+	Split                            // first exposures are split as the share says; a guard
 )
 
 // Action is what a broken gate asks for. The order is public contract.
@@ -63,6 +71,8 @@ type Spec struct {
 	Quantile float64       // of the Quantile kinds, 0 < Quantile < 1
 	Limit    time.Duration // of QuantileAtMost
 	Action   Action        // never Default
+	Lo, Hi   float64       // of a Score: its range, for people
+	Labels   []string      // of a Mix: its cells
 }
 
 // CanProve reports whether the gate can ever be Healthy, so that a promotion
@@ -99,10 +109,19 @@ type Risk struct {
 // last one, of both cohorts from the same cut. When it closed must not have
 // depended on outcomes. A Rate has the two cells good and bad, a Timing
 // evidence.Cells; a cohort without outcomes may be nil. Each block must be
-// consumed once.
+// consumed once. A Score has [ScoreCells] cells, from the best value to the
+// worst; a Mix a cell for each label; Silence is a Rate; Split has one cell.
 type Block struct {
 	Metric, Ring       string
 	Candidate, Control []uint64
+
+	// The same outcomes by group of units, group after group, for what several
+	// outcomes of one unit have in common; nil where the units are not known. As
+	// many cells for each group as above, but for a Timing: the marks that were
+	// exceeded, [MarkCells] of them.
+	CandidateBy, ControlBy []uint64
+
+	Share float64 // of Split: the candidate's part of the units
 }
 
 // State is everything a Judge remembers between blocks. The zero value has
