@@ -201,7 +201,7 @@ func TestLastBlocks(t *testing.T) {
 		r.serve(300*time.Millisecond, 0, 0)
 		r.stop()
 		gate := inStore(t, store).Gates.Gates["errors.Within(2)"]
-		if gate == nil || gate.Candidate.N+gate.Control.N != 3 {
+		if gate == nil || gate.Parts[Everyone] == nil || gate.Parts[Everyone].Candidate.N+gate.Parts[Everyone].Control.N != 3 {
 			t.Errorf("of 3 outcomes stored are %+v", gate)
 		}
 	})

@@ -289,15 +289,16 @@ func (p *Policy) wider(s, t *Stage) bool {
 // plan is the policy as the machine sees it.
 func (p *Policy) plan(gates []Gate, interval time.Duration) (*machine.Plan, error) {
 	all := specs(gates)
-	j, err := judge.New(all, judge.Risk{FalseRollback: p.FalseRollback, FalsePromotion: p.FalsePromotion})
-	if err != nil {
-		return nil, err
-	}
-	plan := &machine.Plan{Version: p.Version, OnDeadline: judge.Action(p.OnDeadline), Judge: j, Tick: interval}
+	plan := &machine.Plan{Version: p.Version, OnDeadline: judge.Action(p.OnDeadline), Tick: interval}
 	for _, r := range p.Rings {
 		plan.Rings = append(plan.Rings, r.Name)
 	}
 	plan.Rings = append(plan.Rings, Everyone)
+	var err error
+	plan.Judge, err = judge.New(all, judge.Risk{FalseRollback: p.FalseRollback, FalsePromotion: p.FalsePromotion}, plan.Rings...)
+	if err != nil {
+		return nil, err
+	}
 	for i := range p.Stages {
 		s := &p.Stages[i]
 		armed := map[string]bool{}

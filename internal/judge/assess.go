@@ -1,12 +1,7 @@
 package judge
 
 import (
-	"fmt"
-	"maps"
 	"math"
-	"slices"
-
-	"github.com/stagedrollout/rollout/internal/evalue"
 )
 
 // shown is the largest logarithm shown as a number.
@@ -22,11 +17,7 @@ func (j *Judge) Assess(st *State, checks map[string]CheckResult) []Result {
 			rs[i] = g.check(checks)
 			continue
 		}
-		s := st.Gates[g.Name]
-		if s == nil || s.Of != g.of {
-			s = &Gate{}
-		}
-		rs[i] = j.assess(st, g, s)
+		rs[i] = j.assess(st, g, st.known(g))
 	}
 	return rs
 }
@@ -43,9 +34,10 @@ func (g *gate) check(checks map[string]CheckResult) Result {
 }
 
 func (j *Judge) assess(st *State, g *gate, s *Gate) Result {
-	r := Result{Spec: g.Spec, Action: g.Action, LogE: evalue.LogMean(s.Rollback)}
+	r := Result{Spec: g.Spec, Action: g.Action}
 	if g.weight > 0 {
-		r.NeedE = math.Exp(min(j.logThreshold(st), shown)) / g.weight
+		r.LogE = j.logE(st, g, s, "")
+		r.NeedE = math.Exp(min(j.logThreshold(st, g.group), shown)) / g.weight
 	}
 	if g.Kind == Never && s.Broken {
 		r.LogE = shown
@@ -53,31 +45,21 @@ func (j *Judge) assess(st *State, g *gate, s *Gate) Result {
 	r.E = math.Exp(min(r.LogE, shown))
 	if len(g.proof) > 0 {
 		r.NeedProof = 1 / j.risk.FalsePromotion
-		r.ProofE = math.Exp(min(evalue.LogMean(s.Proof), shown))
-		r.Proved = j.proven(s)
+		r.ProofE = math.Exp(min(j.logProof(st, g, s), shown))
+		r.Proved = j.proven(st, g, s)
 	}
 	switch {
 	case s.Broken:
-		r.Verdict, r.Cause, r.AtOnce = Unhealthy, s.Cause, true
+		r.Verdict, r.Cause, r.AtOnce, r.Ring = Unhealthy, s.Cause, true, s.Ring
 		if s.Action != Default {
 			r.Action = s.Action
 		}
 	case r.Proved:
 		r.Verdict = Healthy
 	}
-	r.Candidate, r.Control = s.Candidate.estimate(), s.Control.estimate()
-	if g.timing() {
-		q := g.Quantile
-		if g.Kind == TimingNoWorse {
-			q = .99
-		}
-		var candidate, control []*Histogram
-		for _, ring := range slices.Sorted(maps.Keys(st.Memory[g.Metric])) {
-			if m := st.Memory[g.Metric][ring]; m != nil {
-				candidate, control = append(candidate, &m.Candidate), append(control, &m.Control)
-			}
-		}
-		r.Candidate.Quantile, r.Control.Quantile = quantileOf(q, candidate...), quantileOf(q, control...)
+	r.Candidate, r.Control = g.estimates(st, s)
+	if g.weight > 0 {
+		r.Lo, r.Hi, r.Bounded = s.interval(j.spread(st, g, s))
 	}
 	if r.Verdict == Inconclusive {
 		r.Missing = g.missing(st, s)
@@ -85,10 +67,47 @@ func (j *Judge) assess(st *State, g *gate, s *Gate) Result {
 	return r
 }
 
-// proven reports whether the gate holds within its margin, now: evidence that
-// was there once and has gone does not count.
-func (j *Judge) proven(s *Gate) bool {
-	return !s.Broken && evalue.LogMean(s.Proof) >= -math.Log(j.risk.FalsePromotion)
+// spread is the design effect of the gate's outcomes.
+func (j *Judge) spread(st *State, g *gate, s *Gate) float64 {
+	if j.risk.Independent {
+		return 1
+	}
+	var in rings
+	for _, name := range s.rings() {
+		if m := st.Memory[g.Metric][name]; m != nil {
+			in = append(in, m)
+		}
+	}
+	return in.dispersion(g.rollback[0].look(g.Kind), -1, !g.Absolute())
+}
+
+// estimates are what is shown of either cohort.
+func (g *gate) estimates(st *State, s *Gate) (candidate, control Estimate) {
+	c, m := s.tallies()
+	candidate, control = c.estimate(), m.estimate()
+	switch {
+	case g.Kind.timing():
+		candidate.Quantile, control.Quantile = g.quantiles(st)
+	case g.Kind.score():
+		candidate, control = Estimate{N: c.N}, Estimate{N: m.N}
+		if c.N > 0 {
+			candidate.Mean = g.score(c)
+		}
+		if m.N > 0 {
+			control.Mean = g.score(m)
+		}
+	case g.Kind.mix():
+		candidate.Mix, control.Mix = make([]uint64, len(g.Labels)), make([]uint64, len(g.Labels))
+		for _, mem := range st.Memory[g.Metric] {
+			for i := range g.Labels {
+				if i < len(mem.Mix[0]) && i < len(mem.Mix[1]) {
+					candidate.Mix[i] = saturate(candidate.Mix[i], mem.Mix[0][i])
+					control.Mix[i] = saturate(control.Mix[i], mem.Mix[1][i])
+				}
+			}
+		}
+	}
+	return candidate, control
 }
 
 func (t Tally) estimate() Estimate {
@@ -97,29 +116,4 @@ func (t Tally) estimate() Estimate {
 		e.Rate = float64(t.X) / float64(t.N)
 	}
 	return e
-}
-
-// missing says what kind of outcome the gate has not got yet.
-func (g *gate) missing(st *State, s *Gate) string {
-	if !g.Absolute() && g.timing() {
-		most := uint64(0)
-		for _, m := range st.Memory[g.Metric] {
-			if m != nil {
-				most = max(most, m.Seen)
-			}
-		}
-		if most == 0 {
-			return "no control outcomes"
-		}
-		if most < warmUp {
-			return fmt.Sprintf("%d of %d control outcomes before the first latency threshold", most, warmUp)
-		}
-	}
-	switch {
-	case s.Candidate.N == 0:
-		return "no candidate outcomes"
-	case !g.Absolute() && s.Control.N == 0:
-		return "no control outcomes"
-	}
-	return ""
 }

@@ -1,6 +1,7 @@
 package judge
 
 import (
+	"errors"
 	"slices"
 
 	"github.com/stagedrollout/rollout/internal/evalue"
@@ -12,12 +13,7 @@ func (st *State) Clone() State {
 	if st.Gates != nil {
 		c.Gates = make(map[string]*Gate, len(st.Gates))
 		for name, g := range st.Gates {
-			if g == nil {
-				continue
-			}
-			copied := *g
-			copied.Rollback, copied.Proof = cloneAll(g.Rollback), cloneAll(g.Proof)
-			c.Gates[name] = &copied
+			c.Gates[name] = g.clone()
 		}
 	}
 	if st.Memory != nil {
@@ -25,28 +21,71 @@ func (st *State) Clone() State {
 		for metric, rings := range st.Memory {
 			c.Memory[metric] = make(map[string]*Memory, len(rings))
 			for ring, m := range rings {
-				if m == nil {
-					continue
-				}
-				copied := *m
-				copied.Control, copied.Candidate = m.Control.clone(), m.Candidate.clone()
-				c.Memory[metric][ring] = &copied
+				c.Memory[metric][ring] = m.clone()
 			}
 		}
 	}
 	return c
 }
 
-func cloneAll(ps []evalue.Process) []evalue.Process {
-	ps = slices.Clone(ps)
-	for i := range ps {
-		ps[i].Pi = slices.Clone(ps[i].Pi)
+func (g *Gate) clone() *Gate {
+	c := *g
+	c.Pool, c.Proof = cloneAll(g.Pool), cloneAll(g.Proof)
+	if g.Parts != nil {
+		c.Parts = make(map[string]*Part, len(g.Parts))
+		for ring, p := range g.Parts {
+			part := *p
+			part.Own, part.But = cloneAll(p.Own), cloneAll(p.But)
+			c.Parts[ring] = &part
+		}
 	}
-	return ps
+	return &c
+}
+
+func (m *Memory) clone() *Memory {
+	c := *m
+	c.Control, c.Candidate = m.Control.clone(), m.Candidate.clone()
+	for i := range c.By {
+		c.By[i], c.Mix[i] = m.By[i].clone(), slices.Clone(m.Mix[i])
+	}
+	return &c
+}
+
+func cloneAll(banks []evalue.Bank) []evalue.Bank {
+	if banks == nil {
+		return nil
+	}
+	c := make([]evalue.Bank, len(banks))
+	for i := range banks {
+		c[i] = banks[i].Clone()
+	}
+	return c
 }
 
 func (h *Histogram) clone() Histogram {
 	c := *h
 	c.Cells = slices.Clone(h.Cells)
 	return c
+}
+
+// Check finds what no Judge would have left in a State.
+func (st *State) Check() error {
+	for _, g := range st.Gates {
+		if g == nil {
+			return errors.New("a gate is null")
+		}
+		for _, p := range g.Parts {
+			if p == nil {
+				return errors.New("a part of a gate is null")
+			}
+		}
+	}
+	for _, rings := range st.Memory {
+		for _, m := range rings {
+			if m == nil {
+				return errors.New("what is remembered of a metric is null")
+			}
+		}
+	}
+	return nil
 }

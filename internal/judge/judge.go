@@ -79,7 +79,7 @@ type Spec struct {
 // may wait for it. Guards and gates that only report never are.
 func (s Spec) CanProve() bool {
 	switch s.Kind {
-	case Never, NoWorse, TimingNoWorse:
+	case Never, NoWorse, TimingNoWorse, ScoreNoWorse, MixNoChange, Silence, Split:
 		return false
 	}
 	return s.Action != Report
@@ -88,21 +88,17 @@ func (s Spec) CanProve() bool {
 // Absolute reports whether the gate needs no control.
 func (s Spec) Absolute() bool {
 	switch s.Kind {
-	case AtMost, QuantileAtMost, Never, Check:
+	case AtMost, QuantileAtMost, Never, Check, ScoreAtLeast:
 		return true
 	}
 	return false
-}
-
-// timing reports whether the gate is of a Timing.
-func (s Spec) timing() bool {
-	return s.Kind == QuantileWithinFactor || s.Kind == QuantileAtMost || s.Kind == TimingNoWorse
 }
 
 // Risk bounds the two errors. Each is a probability above 0 and below 1.
 type Risk struct {
 	FalseRollback  float64 // α: some gate that is not violated is ever called Unhealthy
 	FalsePromotion float64 // α_p: a gate that is violated is ever called Healthy, a stage
+	Independent    bool    // no unit has more than a few outcomes: what they have in common is not corrected for
 }
 
 // Block is one closed block of one metric in one ring: what came in since the
@@ -130,30 +126,48 @@ type State struct {
 	Starts int                           `json:"starts,omitempty"` // how often the rollback processes started anew
 	Gates  map[string]*Gate              `json:"gates,omitempty"`  // by Spec.Name
 	Memory map[string]map[string]*Memory `json:"memory,omitempty"` // by metric, then ring
+
+	scratch *scratch // of Consume
 }
 
-// Gate is what is remembered of one gate. The processes pool every ring.
+// Gate is what is remembered of one gate.
 type Gate struct {
-	Of       string           `json:"of"`                 // the question asked; another question starts afresh
-	Rollback []evalue.Process `json:"rollback,omitempty"` // averaged; against "not worse than the margin"
-	Proof    []evalue.Process `json:"proof,omitempty"`    // averaged; against "worse than the margin"
+	Of string `json:"of"` // the question asked; another question starts afresh
 
-	// For display: outcomes and events of either cohort in the blocks consumed
-	// since the rollback processes started. Of a Timing an event is an outcome
-	// over the gate's threshold.
-	Candidate Tally `json:"candidate,omitzero"`
-	Control   Tally `json:"control,omitzero"`
+	// Against "not worse than the margin": a Bank for each bet, averaged, over the
+	// rings pooled; and against "worse than the margin", since the stage was
+	// entered. A Bank of the rollback side has a row for each fold of the units
+	// that may be left out, or one where units are taken for independent.
+	Pool  []evalue.Bank    `json:"pool,omitempty"`
+	Proof []evalue.Bank    `json:"proof,omitempty"`
+	Parts map[string]*Part `json:"parts,omitempty"` // by ring
 
 	Ahead  uint64 `json:"ahead,omitempty"`  // of Never: events that were acted on before their block closed
 	Broken bool   `json:"broken,omitempty"` // called Unhealthy; until Anew
 	Cause  string `json:"cause,omitempty"`  // of Broken
 	Action Action `json:"action,omitempty"` // of Broken, where it differs from the Spec's
+	Ring   string `json:"ring,omitempty"`   // of Broken: that alone is at fault
 }
 
-// Tally counts outcomes and, among them, events. Both saturate.
+// Part is what is remembered of one gate in one ring, since the rollback
+// processes started.
+type Part struct {
+	Own []evalue.Bank `json:"own,omitempty"` // of the ring alone; nil where there is but one, or no bet yet
+	But []evalue.Bank `json:"but,omitempty"` // of the pool without it; nil where it is the only one
+
+	// For display: outcomes and events of either cohort. Of a Timing an event is
+	// an outcome over the gate's threshold.
+	Candidate Tally         `json:"candidate,omitzero"`
+	Control   Tally         `json:"control,omitzero"`
+	Bounds    evalue.Bounds `json:"bounds,omitzero"`
+}
+
+// Tally counts outcomes and, among them, events; of a Score the sum of its
+// badness in units of 1/32, and the sum of the squares. All saturate.
 type Tally struct {
-	N uint64 `json:"n,omitempty"`
-	X uint64 `json:"x,omitempty"`
+	N       uint64 `json:"n,omitempty"`
+	X       uint64 `json:"x,omitempty"`
+	Squares uint64 `json:"q,omitempty"`
 }
 
 // CheckResult is the last answer of a Check gate. The zero value is no answer.
@@ -169,6 +183,8 @@ type Estimate struct {
 	Events   uint64        // of a Rate the bad ones, of a Timing those over the gate's threshold
 	Rate     float64       // Events/N, 0 while N is 0
 	Quantile time.Duration // of a Timing: the gate's quantile over the last blocks, every ring; else 0
+	Mean     float64       // of a Score, in its own units; 0 while N is 0
+	Mix      []uint64      // of a Mix: outcomes by label
 }
 
 // Result is what a State says about one gate.
@@ -179,6 +195,8 @@ type Result struct {
 	AtOnce  bool   // Unhealthy and nothing to wait for
 	Action  Action // what Unhealthy asks for; the Spec's, or Hold where the control is as bad
 
+	Ring    string // of Unhealthy: that alone is at fault, or ""
+
 	LogE  float64 // natural logarithm of the evidence that the gate is violated
 	E     float64 // the same as a number, at most e^50
 	NeedE float64 // the E at which this gate alone is Unhealthy; 0 where no E is kept
@@ -186,6 +204,12 @@ type Result struct {
 	ProofE    float64 // evidence that the gate holds since ResetProof, at most e^50
 	NeedProof float64 // the ProofE at which it is proven; 0 for guards
 	Proved    bool    // Healthy may be said of it now
+
+	// The difference of the cohorts' event rates or badness, or the candidate's
+	// own where the gate is absolute: within Lo and Hi with 95 %, at all looks
+	// together, if Bounded.
+	Lo, Hi  float64
+	Bounded bool
 
 	Candidate, Control Estimate
 	Missing            string // what the gate still waits for, "" if only for more evidence

@@ -58,9 +58,15 @@ func latency(n uint64, candidate time.Duration, m uint64, control time.Duration)
 	return b
 }
 
+// feed consumes a block and looks.
+func feed(j *Judge, st *State, b Block, active func(int) bool, proof bool) {
+	j.Consume(st, b, active, proof)
+	j.Look(st)
+}
+
 func repeat(j *Judge, st *State, n int, b Block, proof bool) {
 	for range n {
-		j.Consume(st, b, nil, proof)
+		feed(j, st, b, nil, proof)
 	}
 }
 
@@ -142,7 +148,7 @@ func TestReplay(t *testing.T) {
 				proof := rapid.Bool().Draw(t, "proof")
 				do = func(st *State) {
 					for range times {
-						j.Consume(st, block, func(g int) bool { return g != off }, proof)
+						feed(j, st, block, func(g int) bool { return g != off }, proof)
 					}
 				}
 			}
@@ -254,7 +260,7 @@ func TestBrokenUntilAnew(t *testing.T) {
 	var st State
 	repeat(j, &st, 10, rate(100, 0, 100, 0), true)
 	proof := result(t, j, &st, "within").ProofE
-	j.Consume(&st, rate(100, 100, 100, 0), nil, false)
+	feed(j, &st, rate(100, 100, 100, 0), nil, false)
 	if r := result(t, j, &st, "never"); r.Verdict != Unhealthy || !strings.Contains(r.Cause, "100 of 1100") {
 		t.Errorf("%+v", r)
 	}
@@ -278,7 +284,7 @@ func TestBrokenUntilAnew(t *testing.T) {
 	if r := result(t, j, &st, "within"); r.ProofE != 1 {
 		t.Errorf("after ResetProof: %g", r.ProofE)
 	}
-	if c0, ok := st.Memory["errors"]["everyone"].mean(); !ok || c0 != 0 {
+	if c0, ok := st.Memory["errors"]["everyone"].mean(1); !ok || c0 != 0 {
 		t.Errorf("the control's past is %g, %t", c0, ok)
 	}
 }
@@ -299,7 +305,7 @@ func TestGroups(t *testing.T) {
 	}
 	steps := map[string]int{} // at which block each broke
 	for i := range 200 {
-		j.Consume(&st, rate(20, 1, 20, 0), nil, false)
+		feed(j, &st, rate(20, 1, 20, 0), nil, false)
 		for _, r := range j.Assess(&st, nil) {
 			if _, seen := steps[r.Spec.Name]; !seen && r.Verdict == Unhealthy {
 				steps[r.Spec.Name] = i
@@ -321,10 +327,10 @@ func TestGroupAddsUp(t *testing.T) {
 	var st State
 	other := rate(20, 1, 20, 0)
 	other.Metric = "other"
-	j.Consume(&st, other, nil, false) // b is one block ahead
+	feed(j, &st, other, nil, false) // b is one block ahead
 	for {
-		j.Consume(&st, other, nil, false)
-		j.Consume(&st, rate(20, 1, 20, 0), nil, false)
+		feed(j, &st, other, nil, false)
+		feed(j, &st, rate(20, 1, 20, 0), nil, false)
 		a, b := result(t, j, &st, "a"), result(t, j, &st, "b")
 		if b.Verdict == Unhealthy {
 			if a.Verdict != Inconclusive || b.E >= b.NeedE || (a.E+b.E)/2 < 100 {
@@ -342,8 +348,8 @@ func TestInactiveGateIsLeftAlone(t *testing.T) {
 	j := must(t, every(Rollback)...)
 	var st State
 	for range 20 {
-		j.Consume(&st, rate(100, 50, 100, 0), func(int) bool { return false }, true)
-		j.Consume(&st, latency(100, time.Second, 100, time.Millisecond), func(int) bool { return false }, true)
+		feed(j, &st, rate(100, 50, 100, 0), func(int) bool { return false }, true)
+		feed(j, &st, latency(100, time.Second, 100, time.Millisecond), func(int) bool { return false }, true)
 	}
 	if len(st.Gates) != 0 {
 		t.Errorf("inactive gates: %v", st.Gates)
@@ -398,30 +404,30 @@ func TestAbsoluteLimitOfBoth(t *testing.T) {
 func TestFirstBlockOnlyTellsWhereToBet(t *testing.T) {
 	j := must(t, every(Rollback)...)
 	var st State
-	j.Consume(&st, rate(100, 50, 100, 0), nil, true)
-	if g := st.Gates["within"]; g.Rollback[0].Blocks != 0 || g.Proof[0].Blocks != 0 {
+	feed(j, &st, rate(100, 50, 100, 0), nil, true)
+	if g := st.Gates["within"]; len(g.Pool) != 0 || len(g.Proof) != 0 {
 		t.Errorf("a difference was bet on without a past: %+v", g)
 	}
-	if g := st.Gates["noworse"]; g.Rollback[0].Blocks != 1 || g.Rollback[1].Blocks != 0 {
+	if g := st.Gates["noworse"]; g.Pool[0].Blocks != 1 || g.Pool[1].Blocks != 0 {
 		t.Errorf("%+v", g)
 	}
 	other := rate(100, 50, 100, 0)
 	other.Ring = "staff"
-	j.Consume(&st, other, nil, true) // another ring has its own past
-	if g := st.Gates["within"]; g.Rollback[0].Blocks != 0 {
+	feed(j, &st, other, nil, true) // another ring has its own past
+	if g := st.Gates["within"]; len(g.Pool) != 0 {
 		t.Errorf("%+v", g)
 	}
-	j.Consume(&st, rate(100, 50, 100, 0), nil, false)
-	if g := st.Gates["within"]; g.Rollback[0].Blocks != 1 || g.Proof[0].Blocks != 0 {
+	feed(j, &st, rate(100, 50, 100, 0), nil, false)
+	if g := st.Gates["within"]; g.Pool[0].Blocks != 1 || len(g.Proof) != 0 {
 		t.Errorf("%+v", g)
 	}
 
 	slow := latency(50, time.Second, 90, time.Millisecond)
 	for i, want := range []string{"90 of 200 control outcomes before the first latency threshold",
 		"180 of 200 control outcomes before the first latency threshold", "no candidate outcomes", ""} {
-		j.Consume(&st, slow, nil, true)
+		feed(j, &st, slow, nil, true)
 		r := result(t, j, &st, "p95")
-		if r.Missing != want || (st.Gates["p95"].Rollback[0].Blocks > 0) != (i == 3) {
+		if r.Missing != want || (len(st.Gates["p95"].Pool) > 0) != (i == 3) {
 			t.Errorf("after block %d missing is %q, want %q: %+v", i, r.Missing, want, st.Gates["p95"])
 		}
 	}
@@ -480,7 +486,7 @@ func TestEstimates(t *testing.T) {
 	var st State
 	repeat(j, &st, 10, rate(50, 1, 100, 4), false)
 	r := result(t, j, &st, "within")
-	if r.Candidate != (Estimate{N: 500, Events: 10, Rate: .02}) || r.Control != (Estimate{N: 1000, Events: 40, Rate: .04}) {
+	if !reflect.DeepEqual(r.Candidate, Estimate{N: 500, Events: 10, Rate: .02}) || !reflect.DeepEqual(r.Control, Estimate{N: 1000, Events: 40, Rate: .04}) {
 		t.Errorf("%+v %+v", r.Candidate, r.Control)
 	}
 	repeat(j, &st, 10, latency(50, 30*time.Millisecond, 100, 10*time.Millisecond), false)
@@ -566,7 +572,7 @@ func TestNewRefuses(t *testing.T) {
 	if _, err := New(nil, risk); err != nil {
 		t.Error(err)
 	}
-	for _, r := range []Risk{{}, {0, .5}, {.5, 1}, {math.NaN(), .5}, {.5, math.Inf(1)}} {
+	for _, r := range []Risk{{}, {0, .5, false}, {.5, 1, true}, {math.NaN(), .5, false}, {.5, math.Inf(1), false}} {
 		if _, err := New(nil, r); err == nil {
 			t.Errorf("takes %+v", r)
 		}
@@ -574,7 +580,11 @@ func TestNewRefuses(t *testing.T) {
 	for _, s := range []Spec{
 		{Kind: NoWorse},
 		{Kind: NoWorse, Action: Report + 1},
-		{Kind: Check + 1, Action: Hold},
+		{Kind: Split + 1, Action: Hold},
+		{Kind: ScoreWithin, Action: Hold},
+		{Kind: ScoreAtLeast, Margin: 1, Action: Hold},
+		{Kind: MixWithin, Margin: .1, Labels: []string{"a"}, Action: Hold},
+		{Kind: MixNoChange, Labels: make([]string, 11), Action: Hold},
 		{Kind: Within, Action: Hold},
 		{Kind: Within, Margin: 1, Action: Hold},
 		{Kind: Within, Margin: math.NaN(), Action: Hold},

@@ -23,33 +23,41 @@ const (
 // Memory is what is remembered of one metric in one ring beyond its gates: the
 // past that bets are built on, and what is shown.
 type Memory struct {
-	// Of a Rate: the control's past, and its recent part.
-	Past    Tally   `json:"past,omitzero"`
+	// Of a Rate or a Score: the cohorts' past, and the control's recent part.
+	Candid  Tally   `json:"candidate,omitzero"`
+	Past    Tally   `json:"past,omitzero"` // the control's
 	RecentN float64 `json:"recentN,omitempty"`
 	RecentX float64 `json:"recentX,omitempty"`
+
+	// Of a Mix: the cohorts' past, by label.
+	Mix [2][]uint64 `json:"mix,omitzero"`
 
 	// Of a Timing: how many control outcomes there ever were, and recent histograms.
 	Seen      uint64    `json:"seen,omitempty"`
 	Control   Histogram `json:"control,omitzero"`
-	Candidate Histogram `json:"candidate,omitzero"` // for display
+	Candidate Histogram `json:"shown,omitzero"` // for display
+
+	// By are the totals of the candidate and of the control by group of units.
+	By [2]Groups `json:"by,omitzero"`
 }
 
-// rate adds a block's control outcomes, n with x events.
-func (m *Memory) rate(n, x uint64) {
-	if n == 0 {
+// rate adds a block's outcomes and the events among them, of both cohorts.
+func (m *Memory) rate(n, x, controls, y uint64) {
+	m.Candid.add(n, x)
+	if controls == 0 {
 		return
 	}
-	m.Past.add(n, x)
-	m.RecentN = m.RecentN*rateDecay + float64(n)
-	m.RecentX = m.RecentX*rateDecay + float64(x)
+	m.Past.add(controls, y)
+	m.RecentN = m.RecentN*rateDecay + float64(controls)
+	m.RecentX = m.RecentX*rateDecay + float64(y)
 }
 
-// mean returns the control's rate so far.
-func (m *Memory) mean() (c0 float64, ok bool) {
+// mean returns the control's rate so far, of which each event counts as scale.
+func (m *Memory) mean(scale float64) (c0 float64, ok bool) {
 	if m.Past.N == 0 {
 		return 0, false
 	}
-	return min(float64(m.Past.X)/float64(m.Past.N), 1), true
+	return min(float64(m.Past.X)/float64(m.Past.N)*scale, 1), true
 }
 
 // timing adds a block's cells, n of the control.
@@ -159,8 +167,10 @@ func quantileOf(q float64, hs ...*Histogram) time.Duration {
 	return lo + (evidence.Lower(cell+1)-lo)/2
 }
 
-func (t *Tally) add(n, x uint64) {
-	t.N, t.X = saturate(t.N, n), saturate(t.X, x)
+func (t *Tally) add(n, x uint64) { t.join(Tally{N: n, X: x}) }
+
+func (t *Tally) join(o Tally) {
+	t.N, t.X, t.Squares = saturate(t.N, o.N), saturate(t.X, o.X), saturate(t.Squares, o.Squares)
 }
 
 // saturate returns a+b or the largest number.

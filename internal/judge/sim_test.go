@@ -203,7 +203,7 @@ func simulate(t testing.TB, spec Spec, risk Risk, rel release, n int, proof bool
 				samples := 0.
 				for tick := range rel.ticks {
 					fill(tick, r, &b)
-					j.Consume(&st, b, nil, proof)
+					feed(j, &st, b, nil, proof)
 					if tick >= rel.onset {
 						samples += float64(sum(b.Candidate))
 					}
@@ -212,7 +212,7 @@ func simulate(t testing.TB, spec Spec, risk Risk, rel release, n int, proof bool
 						ends[i].rollback = samples
 						break
 					}
-					if proof && j.proven(g) {
+					if proof && j.proven(&st, &j.gates[0], g) {
 						ends[i].proof = samples
 						break
 					}
@@ -296,7 +296,7 @@ func bound(alpha, candidate, control, delta, share float64) float64 {
 	return math.Log(1/alpha) / div((lo+hi)/2)
 }
 
-var risk = Risk{FalseRollback: .01, FalsePromotion: .05}
+var risk = Risk{FalseRollback: .01, FalsePromotion: .05, Independent: true}
 
 // An oc is a gate and a release.
 type oc struct {

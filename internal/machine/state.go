@@ -332,7 +332,7 @@ func (s *State) check(name string) error {
 			}
 		}
 	}
-	return nil
+	return s.Gates.Check()
 }
 
 func maxShare(m map[string]float64) float64 {

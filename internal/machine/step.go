@@ -223,9 +223,10 @@ func (m *move) consume(i int, in Input) {
 	}
 	for _, b := range in.Breaches {
 		if !slices.Contains(m.Rings, b.Ring) {
-			m.p.Judge.Breach(&m.Gates, b.Metric, b.Events, active)
+			m.p.Judge.Breach(&m.Gates, b.Metric, b.Ring, b.Events, active)
 		}
 	}
+	m.p.Judge.Look(&m.Gates)
 }
 
 // reached reports whether a stage is what a ring's share comes from: its own ring's, and those inside of it that no stage
@@ -287,18 +288,18 @@ func (m *move) act(i int, results []judge.Result) bool {
 			action = judge.Hold
 		}
 	}
-	if action == judge.RollbackRing && st.Ring == m.p.Rings[len(m.p.Rings)-1] {
+	ring := m.fault(worst, st)
+	if action == judge.RollbackRing && ring == m.p.Rings[len(m.p.Rings)-1] {
 		action = judge.Rollback // what goes wrong for everyone is not one ring's trouble
 	}
 	switch action {
 	case judge.Rollback:
 		m.rollback(m.incident(worst, ""))
 	case judge.RollbackRing:
-		if slices.Contains(m.Rings, st.Ring) {
+		if slices.Contains(m.Rings, ring) {
 			return true
 		}
-		m.rollbackRing(st.Ring, m.incident(worst, ""))
-		m.anew()
+		m.rollbackRing(ring, m.incident(worst, ""))
 		m.acted(worst)
 	case judge.StepBack:
 		m.stepBack(i, worst)
@@ -309,6 +310,18 @@ func (m *move) act(i int, results []judge.Result) bool {
 		m.hold(HoldCause{Kind: HeldByGate, Gate: worst.Spec.Name, Note: clip(worst.Cause)}, worst)
 	}
 	return true
+}
+
+// fault is the ring that a broken gate's RollbackRing is about: the one that alone is at fault; everyone's, if it is not
+// one alone; for a question that no ring's outcomes answer, the stage's.
+func (m *move) fault(r *judge.Result, st *Stage) string {
+	switch {
+	case r.Spec.Kind == judge.Check:
+		return st.Ring
+	case r.Ring != "":
+		return r.Ring
+	}
+	return m.p.Rings[len(m.p.Rings)-1]
 }
 
 func (m *move) anew() {
@@ -407,6 +420,7 @@ func (m *move) rollbackRing(ring string, in *Incident) {
 	in.Ring = ring
 	m.Rings = append(m.Rings, ring)
 	m.Incident = in
+	m.Gates.Leave(ring)
 	if !slices.ContainsFunc(m.p.Rings, func(r string) bool { return !slices.Contains(m.Rings, r) }) {
 		m.rollback(in)
 		return

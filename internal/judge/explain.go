@@ -1,0 +1,207 @@
+package judge
+
+import (
+	"fmt"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/evalue"
+)
+
+// tally adds the block to what is shown of the gate.
+func (g *gate) tally(p *Part, mem *Memory, b *Block, c *counts) {
+	bet := &g.rollback[0]
+	var at place
+	switch {
+	case g.Kind.mix(), g.Kind == Split:
+		p.Candidate.add(sum(b.Candidate), 0)
+		p.Control.add(sum(b.Control), 0)
+		return
+	case g.Kind.score():
+		p.bounds(g,
+			evalue.Arm{N: float64(sum(b.Candidate)), S: float64(points(b.Candidate)) * unit, S2: float64(squares(b.Candidate)) * unit * unit},
+			evalue.Arm{N: float64(sum(b.Control)), S: float64(points(b.Control)) * unit, S2: float64(squares(b.Control)) * unit * unit}, unit)
+		p.Candidate.join(Tally{sum(b.Candidate), points(b.Candidate), squares(b.Candidate)})
+		p.Control.join(Tally{sum(b.Control), points(b.Control), squares(b.Control)})
+		return
+	case g.Kind.timing():
+		if !bet.prepare(&at, g.Kind, mem, c) {
+			return
+		}
+	}
+	n, x, m, y := bet.events(&at, g.Kind, c, folds)
+	p.bounds(g, evalue.Arm{N: float64(n), S: float64(x), S2: float64(x)}, evalue.Arm{N: float64(m), S: float64(y), S2: float64(y)}, 1)
+	p.Candidate.add(n, x)
+	p.Control.add(m, y)
+}
+
+// unit is the badness between two cells of a Score.
+const unit = 1. / (ScoreCells - 1)
+
+// bounds adds a block to the interval.
+func (p *Part) bounds(g *gate, c, s evalue.Arm, unit float64) {
+	c.Mean, c.Var = p.Candidate.moments(unit)
+	s.Mean, s.Var = p.Control.moments(unit)
+	if g.Absolute() {
+		p.Bounds.Level(c)
+	} else {
+		p.Bounds.Difference(c, s)
+	}
+}
+
+// moments estimate the mean and the variance of what was tallied, from nothing to
+// a coin's.
+func (t Tally) moments(unit float64) (mean, variance float64) {
+	n, s := float64(t.N), float64(t.X)*unit
+	s2 := float64(t.Squares) * unit * unit
+	if t.Squares == 0 && unit == 1 {
+		s2 = s // yes or no
+	}
+	mean = (s + .5) / (n + 1)
+	return mean, (.25 + max(s2-2*mean*s+n*mean*mean, 0)) / (n + 1)
+}
+
+// cause is the sentence that says what broke the gate.
+func (g *gate) cause(s *Gate) string {
+	c, m := s.tallies()
+	what := g.Metric
+	if s.Ring != "" {
+		what += " in " + s.Ring
+	}
+	after := " after " + grouped(c.N) + " outcomes"
+	by := ""
+	if lo, _, ok := s.interval(1); ok && !g.Absolute() && lo > g.Margin {
+		switch {
+		case g.Kind == Within || g.Kind == NoWorse:
+			by = "at least " + short(100*(lo-g.Margin)) + " points "
+		case g.Kind == ScoreWithin || g.Kind == ScoreNoWorse:
+			by = "at least " + short((lo-g.Margin)*(g.Hi-g.Lo)) + " "
+		}
+	}
+	switch g.Kind {
+	case Within, NoWorse, WithinFactor:
+		allowed := "worse"
+		switch g.Kind {
+		case Within:
+			allowed = "worse than allowed"
+			if by == "" {
+				allowed = "more than the " + short(100*g.Margin) + " points worse that are allowed"
+			}
+		case WithinFactor:
+			allowed = "more than the " + short(g.Factor) + " times as high that are allowed"
+		}
+		return fmt.Sprintf("%s: %s against %s, %s%s,%s", what, c, m, by, allowed, after)
+	case AtMost:
+		return fmt.Sprintf("%s: %s, above the %s %% allowed,%s", what, c, short(100*g.Margin), after)
+	case Silence:
+		return fmt.Sprintf("%s: %s of the decisions had none in time against %s,%s decisions", what, c, m, strings.TrimSuffix(after, " outcomes"))
+	case QuantileWithinFactor:
+		return fmt.Sprintf("%s: the %s-quantile is more than %s times the control's: %s are slower than that, %s of the control beyond its quantile,%s", what, short(g.Quantile), short(g.Factor), c, m, after)
+	case QuantileAtMost:
+		return fmt.Sprintf("%s: the %s-quantile is above %v: %s are slower,%s", what, short(g.Quantile), g.Limit, c, after)
+	case TimingNoWorse:
+		return fmt.Sprintf("%s: slower, %s are beyond the control's 99th percentile against %s,%s", what, c, m, after)
+	case ScoreWithin, ScoreNoWorse:
+		worse := "worse"
+		if g.Kind == ScoreWithin {
+			worse = "worse than the " + short(g.Margin*(g.Hi-g.Lo)) + " allowed"
+		}
+		return fmt.Sprintf("%s: %s against %s, %s%s,%s", what, short(g.score(c)), short(g.score(m)), by, worse, after)
+	case ScoreAtLeast:
+		return fmt.Sprintf("%s: %s, below the %s asked for,%s", what, short(g.score(c)), short(g.Hi-g.Margin*(g.Hi-g.Lo)), after)
+	case MixWithin:
+		return fmt.Sprintf("%s: the mix differs by more than the %s allowed,%s", what, short(g.Margin), after)
+	case MixNoChange:
+		return fmt.Sprintf("%s: the mix has changed,%s", what, after)
+	case Split:
+		return fmt.Sprintf("%s: %s units in the candidate and %s in the control are not split as the share says", what, grouped(c.N), grouped(m.N))
+	}
+	return ""
+}
+
+// score is the mean of a Score in its own units.
+func (g *gate) score(t Tally) float64 {
+	if t.N == 0 {
+		return math.NaN()
+	}
+	return g.Hi - float64(t.X)*unit/float64(t.N)*(g.Hi-g.Lo)
+}
+
+// interval is the difference between the cohorts in every ring, or the
+// candidate's level.
+func (s *Gate) interval(dispersion float64) (lo, hi float64, ok bool) {
+	var all evalue.Bounds
+	for _, name := range s.rings() {
+		all.Add(s.Parts[name].Bounds)
+	}
+	return all.Interval(dispersion)
+}
+
+func (t Tally) String() string {
+	if t.N == 0 {
+		return "none"
+	}
+	return short(100*float64(t.X)/float64(t.N)) + " %"
+}
+
+// short writes a number with what people read of it.
+func short(x float64) string { return strconv.FormatFloat(x, 'g', 3, 64) }
+
+// grouped writes 1480 as 1,480.
+func grouped(n uint64) string {
+	s := strconv.FormatUint(n, 10)
+	for i := len(s) - 3; i > 0; i -= 3 {
+		s = s[:i] + "," + s[i:]
+	}
+	return s
+}
+
+// missing says what kind of outcome the gate has not got yet.
+func (g *gate) missing(st *State, s *Gate) string {
+	if !g.Absolute() && g.Kind.timing() {
+		most := uint64(0)
+		for _, m := range st.Memory[g.Metric] {
+			most = max(most, m.Seen)
+		}
+		if most == 0 {
+			return "no control outcomes"
+		}
+		if most < warmUp {
+			return fmt.Sprintf("%d of %d control outcomes before the first latency threshold", most, warmUp)
+		}
+	}
+	c, m := s.tallies()
+	switch {
+	case c.N == 0:
+		return "no candidate outcomes"
+	case !g.Absolute() && m.N == 0:
+		return "no control outcomes"
+	}
+	return ""
+}
+
+// quantiles are the gate's quantile of either cohort lately, in every ring.
+func (g *gate) quantiles(st *State) (candidate, control time.Duration) {
+	q := g.Quantile
+	if g.Kind == TimingNoWorse {
+		q = .99
+	}
+	var c, m []*Histogram
+	for _, ring := range sortedKeys(st.Memory[g.Metric]) {
+		mem := st.Memory[g.Metric][ring]
+		c, m = append(c, &mem.Candidate), append(m, &mem.Control)
+	}
+	return quantileOf(q, c...), quantileOf(q, m...)
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	names := make([]string, 0, len(m))
+	for name := range m {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}
