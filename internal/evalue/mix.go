@@ -139,3 +139,52 @@ func ScoreBeyond(delta float64) *Difference {
 func ScoreWithin(delta float64) *Difference {
 	return newDifference(-1, delta, 0, .125, .25, .5, 1, 2, 4)
 }
+
+// Bernstein bets on means in [0,1] of which only the number of outcomes, their
+// sum and the sum of their squares are known: the difference of two, as
+// [Difference] does, or one against a limit, as [Mean] does. It needs about half
+// as many outcomes again.
+type Bernstein struct {
+	Prior  Prior
+	dir    float64
+	delta  float64
+	alone  bool
+	lambda []float64
+}
+
+// NewBernstein returns bets against μ_candidate ≤ μ_control + delta, or, alone,
+// against μ_candidate ≤ delta; or against ≥ where it bets on within.
+func NewBernstein(delta float64, within, alone bool) *Bernstein {
+	lambda := []float64{.05, .1, .2, .4, .6, .8}
+	b := &Bernstein{Prior: NewPrior(.2, even(len(lambda))...), dir: 1, delta: delta, alone: alone, lambda: lambda}
+	if within {
+		b.Prior, b.dir = NewPrior(0, even(len(lambda))...), -1
+	}
+	return b
+}
+
+// Logs sets the bets on a block. The arms' means must come from earlier blocks.
+// With ψ(l) = -ln(1-l)-l:
+//
+//	±λ·nm/(n+m)·(x̄-ȳ-δ) - ψ(λ·f_c)·Σ(x-μ̂_c)² - ψ(λ·f_s)·Σ(y-μ̂_s)²
+//
+// (empirical Bernstein; Waudby-Smith and Ramdas, 2023). A cohort that is needed
+// and empty gives 0.
+func (b *Bernstein) Logs(l *Logs, c, s Arm) {
+	fc, fs := 1., 0.
+	gain := c.S - c.N*b.delta
+	if !b.alone {
+		fc, fs = s.N/(c.N+s.N), c.N/(c.N+s.N)
+		gain = c.N * fc * (c.S/c.N - s.S/s.N - b.delta)
+	}
+	for k, lambda := range b.lambda {
+		l[k] = 0
+		if c.N > 0 && (b.alone || s.N > 0) {
+			lambda = min(lambda/max(fc, fs), .95/max(fc, fs))
+			l[k] = b.dir*lambda*gain - psi(lambda*fc)*c.spread()
+			if !b.alone {
+				l[k] -= psi(lambda*fs) * s.spread()
+			}
+		}
+	}
+}

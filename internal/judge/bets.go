@@ -2,7 +2,6 @@ package judge
 
 import (
 	"math"
-	"slices"
 
 	"github.com/stagedrollout/rollout/internal/evalue"
 	"github.com/stagedrollout/rollout/internal/evidence"
@@ -10,12 +9,13 @@ import (
 
 // A bet is an engine together with what it counts as an event.
 type bet struct {
-	ratio  *evalue.Ratio // exactly one of six
-	diff   *evalue.Difference
-	level  *evalue.Level
-	mean   *evalue.Mean
-	change *evalue.Change
-	odds   *evalue.Odds
+	ratio   *evalue.Ratio // exactly one of seven
+	diff    *evalue.Difference
+	level   *evalue.Level
+	mean    *evalue.Mean
+	change  *evalue.Change
+	odds    *evalue.Odds
+	moments *evalue.Bernstein
 
 	// Of a Timing: an event is an outcome beyond a threshold, the control's
 	// quantile so far for the control and shift cells higher for the candidate;
@@ -45,6 +45,8 @@ func (b *bet) prior() evalue.Prior {
 		return b.mean.Prior
 	case b.change != nil:
 		return b.change.Prior
+	case b.moments != nil:
+		return b.moments.Prior
 	}
 	return b.odds.Prior
 }
@@ -154,6 +156,7 @@ func (b *bet) logs(dst []evalue.Logs, kind Kind, mem *Memory, blk *Block, c *cou
 type place struct {
 	c0         float64
 	in         uint64 // of a set of labels: which are in it
+	arms       [2]evalue.Arm
 	q, s, both [maxLabels]float64
 	tau        int // of a Timing without groups: the control's first cell beyond
 }
@@ -177,6 +180,9 @@ func (b *bet) prepare(at *place, kind Kind, mem *Memory, c *counts) bool {
 		if at.tau+b.shift >= evidence.Cells {
 			return false // none the candidate could be beyond
 		}
+	case b.moments != nil:
+		at.arms[0].Mean, at.arms[0].Var = mem.Candid.moments(unit)
+		at.arms[1].Mean, at.arms[1].Var = mem.Past.moments(unit)
 	case b.change != nil:
 		k := len(c.candidate[folds])
 		if len(mem.Mix[0]) != k || len(mem.Mix[1]) != k || k > maxLabels || sum(mem.Mix[1]) == 0 {
@@ -208,6 +214,12 @@ func (b *bet) row(l *evalue.Logs, at *place, kind Kind, blk *Block, c *counts, r
 		}
 		b.odds.Logs(l, float64(n), float64(m), blk.Share)
 		return true
+	case b.moments != nil:
+		for i, m := range blk.Moments {
+			at.arms[i].N, at.arms[i].S, at.arms[i].S2 = m.N, m.S, m.S2
+		}
+		b.moments.Logs(l, at.arms[0], at.arms[1])
+		return blk.Moments[0].N > 0 && (kind == ScoreAtLeast || blk.Moments[1].N > 0)
 	case b.mean != nil:
 		b.mean.Logs(l, candidate)
 		return sum(candidate) > 0
@@ -344,6 +356,9 @@ func (m *Memory) remember(b *Block, kind Kind, marks int, c *counts) {
 			}
 		}
 	case kind == Split:
+	case b.Moments != [2]Moments{}:
+		x, y := b.Moments[0].tally(), b.Moments[1].tally()
+		m.rate(x.N, x.X, y.N, y.X)
 	case kind.score():
 		m.rate(sum(b.Candidate), points(b.Candidate), sum(b.Control), points(b.Control))
 	default:
@@ -449,6 +464,14 @@ func (s *Spec) width() int {
 
 // fits reports whether the block is of the gate's metric.
 func (s *Spec) fits(b *Block) bool {
-	ok := func(cells []uint64) bool { return len(cells) == 0 || len(cells) == s.width() }
-	return ok(b.Candidate) && ok(b.Control) && !slices.Contains([]Kind{Check}, s.Kind)
+	ok := func(cells []uint64) bool { return len(cells) == 0 || len(cells) == s.width() && !s.Moments }
+	return s.Kind != Check && ok(b.Candidate) && ok(b.Control) && (s.Moments || b.Moments == [2]Moments{})
 }
+
+// tally is the same in units of 1/32.
+func (m Moments) tally() Tally {
+	const k = ScoreCells - 1
+	return Tally{N: uint64(m.N), X: uint64(m.S*k + .5), Squares: uint64(m.S2*k*k + .5)}
+}
+
+func (m Moments) arm() evalue.Arm { return evalue.Arm{N: m.N, S: m.S, S2: m.S2} }

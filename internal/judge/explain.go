@@ -20,6 +20,11 @@ func (g *gate) tally(p *Part, mem *Memory, b *Block, c *counts) {
 		p.Candidate.add(sum(b.Candidate), 0)
 		p.Control.add(sum(b.Control), 0)
 		return
+	case g.Moments:
+		p.bounds(g, b.Moments[0].arm(), b.Moments[1].arm(), unit)
+		p.Candidate.join(b.Moments[0].tally())
+		p.Control.join(b.Moments[1].tally())
+		return
 	case g.Kind.score():
 		p.bounds(g,
 			evalue.Arm{N: float64(sum(b.Candidate)), S: float64(points(b.Candidate)) * unit, S2: float64(squares(b.Candidate)) * unit * unit},

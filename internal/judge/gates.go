@@ -121,7 +121,7 @@ func newGate(s Spec) (gate, error) {
 	g := gate{Spec: s, group: s.group()}
 	g.of = fmt.Sprint(s.Metric, " ", s.Kind, " ", s.Margin, " ", s.Factor, " ", s.Quantile, " ", int64(s.Limit))
 	if s.Kind.score() || s.Kind.mix() {
-		g.of += fmt.Sprint(" ", s.Lo, " ", s.Hi, " ", len(s.Labels))
+		g.of += fmt.Sprint(" ", s.Lo, " ", s.Hi, " ", len(s.Labels), " ", s.Moments)
 	}
 	if s.Action == Default || s.Action > Report {
 		return g, fmt.Errorf("action %d out of range", s.Action)
@@ -190,6 +190,13 @@ func newGate(s Spec) (gate, error) {
 		g.proof = []bet{{mean: evalue.MeanWithin(s.Margin)}}
 	case ScoreNoWorse:
 		g.rollback = []bet{{diff: evalue.ScoreWorse()}}
+	}
+	if s.Moments && s.Kind.score() {
+		alone := s.Kind == ScoreAtLeast
+		g.rollback = []bet{{moments: evalue.NewBernstein(s.Margin, false, alone)}}
+		g.proof = []bet{{moments: evalue.NewBernstein(s.Margin, true, alone)}}
+	}
+	switch s.Kind {
 	case MixWithin:
 		g.rollback = []bet{
 			{diff: evalue.DifferenceBeyond(s.Margin), set: true, z: 1},
@@ -202,8 +209,8 @@ func newGate(s Spec) (gate, error) {
 		g.rollback = []bet{{ratio: evalue.RatioWorse(1)}}
 	case Split:
 		g.rollback = []bet{{odds: evalue.NewOdds()}}
-	case Never, Check:
-	default:
+	}
+	if s.Kind > Split {
 		return wrong("kind", float64(s.Kind))
 	}
 	if !s.CanProve() {

@@ -73,6 +73,7 @@ type Spec struct {
 	Action   Action        // never Default
 	Lo, Hi   float64       // of a Score: its range, for people
 	Labels   []string      // of a Mix: its cells
+	Moments  bool          // of a Score: its blocks have Moments instead of cells
 }
 
 // CanProve reports whether the gate can ever be Healthy, so that a promotion
@@ -118,7 +119,15 @@ type Block struct {
 	CandidateBy, ControlBy []uint64
 
 	Share float64 // of Split: the candidate's part of the units
+
+	// Of a Score whose outcomes were not counted in cells: the candidate's and the
+	// control's.
+	Moments [2]Moments
 }
+
+// Moments are how many outcomes there were, the sum of their badness and the sum
+// of its squares.
+type Moments struct{ N, S, S2 float64 }
 
 // State is everything a Judge remembers between blocks. The zero value has
 // seen nothing. It survives JSON bit by bit. It is not safe for concurrent use.
@@ -195,7 +204,7 @@ type Result struct {
 	AtOnce  bool   // Unhealthy and nothing to wait for
 	Action  Action // what Unhealthy asks for; the Spec's, or Hold where the control is as bad
 
-	Ring    string // of Unhealthy: that alone is at fault, or ""
+	Ring string // of Unhealthy: that alone is at fault, or ""
 
 	LogE  float64 // natural logarithm of the evidence that the gate is violated
 	E     float64 // the same as a number, at most e^50

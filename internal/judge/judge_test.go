@@ -13,6 +13,8 @@ import (
 	"github.com/stagedrollout/rollout/internal/evidence"
 )
 
+var risk = Risk{FalseRollback: .01, FalsePromotion: .05, Independent: true}
+
 // every is one gate of each kind, of the rate "errors" and the timing "latency".
 func every(a Action) []Spec {
 	return []Spec{
