@@ -27,8 +27,38 @@ func every(a Action) []Spec {
 		{Name: "p50", Metric: "latency", Kind: QuantileWithinFactor, Quantile: .5, Factor: 1, Action: a},
 		{Name: "limit", Metric: "latency", Kind: QuantileAtMost, Quantile: .99, Limit: time.Second, Action: a},
 		{Name: "slower", Metric: "latency", Kind: TimingNoWorse, Action: a},
+		{Name: "score within", Metric: "quality", Kind: ScoreWithin, Margin: .1, Hi: 1, Action: a},
+		{Name: "score at least", Metric: "quality", Kind: ScoreAtLeast, Margin: .5, Hi: 1, Action: a},
+		{Name: "score no worse", Metric: "quality", Kind: ScoreNoWorse, Hi: 1, Action: a},
+		{Name: "moments within", Metric: "far", Kind: ScoreWithin, Margin: .1, Hi: 1, Moments: true, Action: a},
+		{Name: "moments at least", Metric: "far", Kind: ScoreAtLeast, Margin: .5, Hi: 1, Moments: true, Action: a},
+		{Name: "moments no worse", Metric: "far", Kind: ScoreNoWorse, Hi: 1, Moments: true, Action: a},
+		{Name: "mix within", Metric: "tools", Kind: MixWithin, Margin: .2, Labels: labels, Action: a},
+		{Name: "mix no change", Metric: "tools", Kind: MixNoChange, Labels: labels, Action: a},
+		{Name: "silence", Metric: "no outcome", Kind: Silence, Action: a},
+		{Name: "split", Metric: "split", Kind: Split, Action: Hold},
 		{Name: "check", Kind: Check, Action: a},
 	}
+}
+
+var labels = []string{"read", "write", "other"}
+
+// cells is a block of any metric.
+func cells(metric string, candidate, control []uint64) Block {
+	return Block{Metric: metric, Ring: "everyone", Candidate: candidate, Control: control, Share: .5}
+}
+
+// score is a block of the score "quality", n and m outcomes of one badness each.
+func scored(n uint64, candidate int, m uint64, control int) Block {
+	b := cells("quality", make([]uint64, ScoreCells), make([]uint64, ScoreCells))
+	b.Candidate[candidate], b.Control[control] = n, m
+	return b
+}
+
+// far is the same block as moments, a quarter of the range up and down.
+func far(n, candidate, m, control float64) Block {
+	moments := func(n, mean float64) Moments { return Moments{n, n * mean, n * (mean*mean + .01)} }
+	return Block{Metric: "far", Ring: "everyone", Moments: [2]Moments{moments(n, candidate), moments(m, control)}}
 }
 
 func must(t testing.TB, specs ...Spec) *Judge {
@@ -107,6 +137,7 @@ func text(t interface{ Fatal(...any) }, st *State) string {
 func anyBlock() *rapid.Generator[Block] {
 	return rapid.Custom(func(t *rapid.T) Block {
 		b := Block{Metric: "errors", Ring: rapid.SampledFrom([]string{"staff", "everyone"}).Draw(t, "ring")}
+		b.Ring = rapid.SampledFrom([]string{"staff", "beta", "everyone"}).Draw(t, "ring")
 		count := rapid.OneOf(rapid.Uint64Range(0, 100), rapid.Uint64Range(0, 100), rapid.Uint64())
 		cohort := func(name string) []uint64 {
 			return rapid.OneOf(rapid.SliceOfN(count, 2, 2), rapid.SliceOfN(count, 2, 2), rapid.SliceOfN(count, 0, 3)).Draw(t, name)
@@ -122,6 +153,23 @@ func anyBlock() *rapid.Generator[Block] {
 			}
 		}
 		b.Candidate, b.Control = cohort("candidate"), cohort("control")
+		if rapid.Bool().Draw(t, "another metric") {
+			b.Metric = rapid.SampledFrom([]string{"quality", "tools", "no outcome", "split", "far"}).Draw(t, "metric")
+			width := map[string]int{"quality": ScoreCells, "tools": len(labels), "no outcome": 2, "split": 1}[b.Metric]
+			b.Share = rapid.SampledFrom([]float64{.05, .5, 0, 1}).Draw(t, "share")
+			b.Candidate = rapid.SliceOfN(count, width, width).Draw(t, "candidate")
+			b.Control = rapid.SliceOfN(count, width, width).Draw(t, "control")
+			if b.Metric == "far" {
+				b.Moments = [2]Moments{{10, 5, 4}, {float64(count.Draw(t, "n")), 3, 2}}
+			}
+		}
+		if width := max(len(b.Candidate), len(b.Control)); b.Metric != "far" && rapid.Bool().Draw(t, "by group") {
+			if b.Metric == "latency" {
+				width = MarkCells(4)
+			}
+			b.CandidateBy = rapid.SliceOfN(count, folds*width, folds*width).Draw(t, "candidate by")
+			b.ControlBy = rapid.SliceOfN(count, folds*width, folds*width).Draw(t, "control by")
+		}
 		return b
 	})
 }
@@ -131,7 +179,9 @@ func anyBlock() *rapid.Generator[Block] {
 func TestReplay(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		specs := every(rapid.SampledFrom([]Action{Rollback, Hold, Report}).Draw(t, "action"))
-		j, err := New(specs, risk)
+		risk := risk
+		risk.Independent = rapid.Bool().Draw(t, "independent")
+		j, err := New(specs, risk, rapid.SampledFrom([][]string{nil, {"everyone"}, {"staff", "beta", "everyone"}}).Draw(t, "rings")...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -143,6 +193,9 @@ func TestReplay(t *testing.T) {
 				do = (*State).Anew
 			case 1:
 				do = (*State).ResetProof
+			case 2:
+				ring := rapid.SampledFrom([]string{"staff", "beta"}).Draw(t, "leaves")
+				do = func(st *State) { st.Leave(ring) }
 			default:
 				block := anyBlock().Draw(t, "block")
 				times := rapid.IntRange(1, 8).Draw(t, "times")
@@ -192,15 +245,19 @@ func TestNoDataDecidesNothing(t *testing.T) {
 			b := anyBlock().Draw(t, "block")
 			if empty != "control" {
 				clear(b.Candidate)
+				clear(b.CandidateBy)
+				b.Moments[0] = Moments{}
 			}
 			if empty != "candidate" {
 				clear(b.Control)
+				clear(b.ControlBy)
+				b.Moments[1] = Moments{}
 			}
 			repeat(j, &st, rapid.IntRange(1, 50).Draw(t, "times"), b, true)
 		}
 		for _, r := range j.Assess(&st, nil) {
-			if r.Spec.Absolute() && empty == "control" {
-				continue
+			if (r.Spec.Absolute() || r.Spec.Kind == Split) && empty != "both" {
+				continue // it needs no control; units of one cohort alone are a split, too
 			}
 			if r.Verdict != Inconclusive || r.LogE != 0 || r.ProofE > 1 || r.Missing == "" {
 				t.Fatalf("without %s: %+v", empty, r)
@@ -231,6 +288,16 @@ func TestBothSides(t *testing.T) {
 		{"p50", half, slow},
 		{"limit", fast, slow},
 		{"slower", fast, slow},
+		{"score within", scored(100, 8, 100, 8), scored(100, 24, 100, 8)},
+		{"score at least", scored(100, 8, 100, 8), scored(100, 24, 100, 8)},
+		{"score no worse", scored(100, 8, 100, 8), scored(100, 24, 100, 8)},
+		{"moments within", far(100, .3, 100, .3), far(100, .7, 100, .3)},
+		{"moments at least", far(100, .3, 100, .3), far(100, .7, 100, .3)},
+		{"moments no worse", far(100, .3, 100, .3), far(100, .7, 100, .3)},
+		{"mix within", cells("tools", []uint64{50, 50, 0}, []uint64{50, 50, 0}), cells("tools", []uint64{10, 40, 50}, []uint64{50, 50, 0})},
+		{"mix no change", cells("tools", []uint64{50, 50, 0}, []uint64{50, 50, 0}), cells("tools", []uint64{50, 40, 10}, []uint64{50, 50, 0})},
+		{"silence", cells("no outcome", []uint64{100, 0}, []uint64{100, 0}), cells("no outcome", []uint64{50, 50}, []uint64{100, 0})},
+		{"split", cells("split", []uint64{50}, []uint64{50}), cells("split", []uint64{30}, []uint64{50})},
 	} {
 		for _, action := range []Action{Rollback, RollbackRing, StepBack, Hold, Report} {
 			j := must(t, every(action)...)
@@ -240,6 +307,9 @@ func TestBothSides(t *testing.T) {
 			want := Inconclusive
 			if r.Spec.CanProve() {
 				want = Healthy
+			}
+			if c.gate == "split" {
+				action = Hold
 			}
 			if r.Verdict != want || r.Action != action {
 				t.Errorf("%s with %d, good: %+v", c.gate, action, r)

@@ -1,0 +1,240 @@
+package judge
+
+import (
+	"math/rand/v2"
+	"reflect"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/stagedrollout/rollout/internal/evalue"
+	"github.com/stagedrollout/rollout/internal/evidence"
+)
+
+var three = []string{"staff", "beta", "everyone"}
+
+// A ring that leaves takes everything with it: what is left is what it would be
+// had the ring never had an outcome.
+func TestLeave(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		risk := risk
+		risk.Independent = rapid.Bool().Draw(t, "independent")
+		j, err := New(every(RollbackRing), risk, three...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var all, without State
+		for range rapid.IntRange(1, 20).Draw(t, "blocks") {
+			b := anyBlock().Draw(t, "block")
+			times := rapid.IntRange(1, 3).Draw(t, "times")
+			for range times {
+				j.Consume(&all, b, nil, false)
+				if b.Ring != "beta" {
+					j.Consume(&without, b, nil, false)
+				}
+			}
+		}
+		all.Leave("beta")
+		for name, g := range all.Gates {
+			want := without.Gates[name]
+			if want == nil {
+				want = &Gate{}
+			}
+			same := func(a, b []evalue.Bank) bool {
+				return len(a) == 0 && len(b) == 0 || reflect.DeepEqual(a, b)
+			}
+			if !same(g.Pool, want.Pool) {
+				t.Fatalf("%s: the pool is\n%+v\nnot\n%+v", name, g.Pool, want.Pool)
+			}
+			if len(g.Parts) != len(want.Parts) {
+				t.Fatalf("%s: %d parts, want %d", name, len(g.Parts), len(want.Parts))
+			}
+			for ring, p := range g.Parts {
+				if w := want.Parts[ring]; !same(p.Own, w.Own) || p.Candidate != w.Candidate || p.Bounds != w.Bounds {
+					t.Fatalf("%s in %s: %+v, want %+v", name, ring, p, w)
+				}
+			}
+		}
+		for metric, rings := range all.Memory {
+			if rings["beta"] != nil {
+				t.Fatalf("%s still remembers beta", metric)
+			}
+		}
+	})
+}
+
+// eachItsOwn gives a rate's block n candidate outcomes with x events and m control
+// outcomes with y, each outcome of a unit of its own.
+func eachItsOwn(ring string, n, x, m, y int, r *rand.Rand) Block {
+	b := Block{Metric: "errors", Ring: ring, Candidate: []uint64{uint64(n - x), uint64(x)}, Control: []uint64{uint64(m - y), uint64(y)}}
+	b.CandidateBy, b.ControlBy = make([]uint64, 2*evidence.Groups), make([]uint64, 2*evidence.Groups)
+	for i := range n {
+		b.CandidateBy[2*r.IntN(evidence.Groups)+bit(i < x)]++
+	}
+	for i := range m {
+		b.ControlBy[2*r.IntN(evidence.Groups)+bit(i < y)]++
+	}
+	return b
+}
+
+func bit(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func draw(n int, p float64, r *rand.Rand) (x int) {
+	for range n {
+		x += bit(r.Float64() < p)
+	}
+	return x
+}
+
+// A regression in one ring is laid at its door, one in all of them at none's.
+func TestFault(t *testing.T) {
+	spec := Spec{Name: "errors", Metric: "errors", Kind: NoWorse, Action: RollbackRing}
+	risk := Risk{FalseRollback: .01, FalsePromotion: .05}
+	for _, c := range []struct {
+		bad  []string
+		want string
+	}{{[]string{"beta"}, "beta"}, {[]string{"staff"}, "staff"}, {[]string{"everyone"}, "everyone"}} {
+		right, found := 0, 0
+		for seed := range uint64(40) {
+			r := rand.New(rand.NewPCG(seed, 1))
+			j, err := New([]Spec{spec}, risk, three...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var st State
+			for tick := 0; tick < 600 && !st.known(&j.gates[0]).Broken; tick++ {
+				for _, ring := range three {
+					p := .01
+					for _, bad := range c.bad {
+						if ring == bad {
+							p = .06
+						}
+					}
+					j.Consume(&st, eachItsOwn(ring, 30, draw(30, p, r), 60, draw(60, .01, r), r), nil, false)
+				}
+				j.Look(&st)
+			}
+			if s := st.known(&j.gates[0]); s.Broken {
+				found++
+				right += bit(s.Ring == c.want)
+				st.Leave(s.Ring)
+				if j.Look(&st); st.known(&j.gates[0]).Broken {
+					t.Errorf("seed %d: broken without the ring at fault", seed)
+				}
+			}
+		}
+		if found < 40 || right < 38 {
+			t.Errorf("bad in %v: %d of 40 found, %d laid at %s's door", c.bad, found, right, c.want)
+		}
+	}
+}
+
+// One user who fails again and again breaks nothing; the same failures of many do.
+func TestLooper(t *testing.T) {
+	spec := Spec{Name: "errors", Metric: "errors", Kind: NoWorse, Action: Rollback}
+	for _, alone := range []bool{true, false} {
+		j, err := New([]Spec{spec}, Risk{FalseRollback: .01, FalsePromotion: .05})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := rand.New(rand.NewPCG(1, 2))
+		var st State
+		for range 300 {
+			b := eachItsOwn("everyone", 100, 1, 100, 1, r)
+			for range 5 {
+				g := 17
+				if !alone {
+					g = r.IntN(evidence.Groups)
+				}
+				b.Candidate[1]++
+				b.CandidateBy[2*g+1]++
+			}
+			j.Consume(&st, b, nil, false)
+			j.Look(&st)
+		}
+		if got := st.Gates["errors"].Broken; got == alone {
+			t.Errorf("one unit alone: %t, broken: %t", alone, got)
+		}
+	}
+}
+
+// The state of three rings and five gates stays small, and a tick is fast.
+func tick(tb testing.TB) (*Judge, []Block) {
+	specs := []Spec{
+		{Name: "within", Metric: "errors", Kind: Within, Margin: .01, Action: Rollback},
+		{Name: "noworse", Metric: "errors", Kind: NoWorse, Action: Report},
+		{Name: "p99", Metric: "latency", Kind: QuantileWithinFactor, Quantile: .99, Factor: 1.2, Action: Rollback},
+		{Name: "quality", Metric: "quality", Kind: ScoreWithin, Margin: .05, Hi: 1, Action: Rollback},
+		{Name: "silence", Metric: "no outcome", Kind: Silence, Action: Rollback},
+	}
+	j, err := New(specs, Risk{FalseRollback: .01, FalsePromotion: .05}, three...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	r := rand.New(rand.NewPCG(1, 2))
+	var blocks []Block
+	for _, ring := range three {
+		b := eachItsOwn(ring, 50, 1, 950, 9, r)
+		blocks = append(blocks, b)
+		b.Metric = "no outcome"
+		blocks = append(blocks, b)
+		l := latency(50, 20*time.Millisecond, 950, 20*time.Millisecond)
+		l.Ring = ring
+		l.CandidateBy, l.ControlBy = make([]uint64, evidence.Groups*MarkCells(1)), make([]uint64, evidence.Groups*MarkCells(1))
+		for i := range 50 {
+			l.CandidateBy[3*r.IntN(evidence.Groups)+bit(i == 0)]++
+		}
+		for i := range 950 {
+			l.ControlBy[3*r.IntN(evidence.Groups)+bit(i < 9)]++
+		}
+		s := Block{Metric: "quality", Ring: ring, Candidate: make([]uint64, ScoreCells), Control: make([]uint64, ScoreCells)}
+		s.CandidateBy, s.ControlBy = make([]uint64, folds*ScoreCells), make([]uint64, folds*ScoreCells)
+		for i := range 200 {
+			cell := 4 + r.IntN(12)
+			if i < 20 {
+				s.Candidate[cell]++
+				s.CandidateBy[r.IntN(folds)*ScoreCells+cell]++
+			} else {
+				s.Control[cell]++
+				s.ControlBy[r.IntN(folds)*ScoreCells+cell]++
+			}
+		}
+		blocks = append(blocks, l, s)
+	}
+	return j, blocks
+}
+
+// BenchmarkTick is one tick of three rings and five gates, each a block, with the
+// units corrected for and the verdicts assessed: at most 1 ms.
+func BenchmarkTick(b *testing.B) {
+	j, blocks := tick(b)
+	var st State
+	for b.Loop() {
+		for _, block := range blocks {
+			j.Consume(&st, block, nil, true)
+		}
+		j.Look(&st)
+		j.Assess(&st, nil)
+	}
+}
+
+func TestStateIsSmall(t *testing.T) {
+	j, blocks := tick(t)
+	var st State
+	for range 1000 {
+		for _, block := range blocks {
+			j.Consume(&st, block, nil, true)
+		}
+	}
+	if n := len(text(t, &st)); n > 128<<10 {
+		t.Errorf("the state of three rings and five gates is %d bytes", n)
+	} else {
+		t.Logf("%d bytes", n)
+	}
+}
