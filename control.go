@@ -17,6 +17,7 @@ type intent struct {
 
 // tick is one evaluation: load, square, judge, store, follow. In the last one of a Run every block closes.
 func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
+	r.turnSlot(time.Now())
 	for range 4 {
 		l, err := r.latest(ctx)
 		if err != nil {
@@ -150,10 +151,10 @@ func (r *Rollout) cutFor(st *machine.State, last bool) *cut {
 	r.mu.Lock()
 	ledgers := r.ledgers
 	r.mu.Unlock()
-	k := &cut{at: time.Now()}
+	k := &cut{at: time.Now(), reasons: r.rationales()}
 	for _, l := range ledgers {
 		if l.snap.gen == st.Gen {
-			l.cut(k, l.snap.epoch == st.Epoch && !l.snap.over.Load(), last)
+			l.cut(k, st, last)
 			k.ledgers = append(k.ledgers, l)
 		}
 	}
@@ -169,7 +170,7 @@ func (r *Rollout) input(c *clock, k *cut) machine.Input {
 	r.mu.Unlock()
 	return machine.Input{
 		Now: k.at, Elapsed: k.at.Sub(since), Blocks: k.blocks, Outcomes: k.outcomes, Breaches: k.breaches,
-		Checks: checks, MayAdvance: true,
+		Checks: checks, Rationales: k.reasons, MayAdvance: true,
 	}
 }
 

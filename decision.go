@@ -56,6 +56,7 @@ func (r *Reason) UnmarshalText(b []byte) error { return parseIn(reasonNames, b, 
 type Decision struct {
 	at   *snapshot
 	bits bits
+	slot uint32 // of time, in which it was counted; 0: it was not
 }
 
 // bits are a decision's answer: from the lowest, enabled (1), cohort (2), reason (5), ring (8), group (6).
@@ -127,13 +128,13 @@ func (d Decision) Generation() uint64 {
 	return d.at.gen
 }
 
-// Record adds what came of the decision to the evidence: one atomic add an observation, no lock, no allocation. A
-// decision of cohort None records nothing. An observation that comes after the rollout moved on by more than one stage,
-// or to another generation, is dropped and counted in Status.Late; one of a metric that the rollout does not know is
-// dropped and counted in Status.Unknown.
+// Record adds what came of the decision to the evidence: a few atomic adds, no lock, no allocation. A decision of cohort
+// None records nothing. An observation that comes after the rollout moved on by more than one stage, or to another
+// generation, is dropped and counted in Status.Late; one of a metric that the rollout does not know is dropped and
+// counted in Status.Unknown, and one that is not a number in Status.Invalid.
 func (d Decision) Record(obs ...Observation) {
 	s, cohort := d.at, d.bits.cohort()
-	if s == nil || cohort == None {
+	if s == nil || cohort == None || len(obs) == 0 {
 		return
 	}
 	ring := &s.rings[d.bits.ring()]
@@ -143,7 +144,7 @@ func (d Decision) Record(obs ...Observation) {
 		}
 		return
 	}
-	shard := evidence.Shard()
+	shard, c, answer := evidence.Shard(), cohort-Control, answered
 next:
 	for _, o := range obs {
 		for i := range s.metrics {
@@ -151,13 +152,34 @@ next:
 			if m.ref != o.m {
 				continue
 			}
-			ring.outcomes[cohort-Control][i].Add(shard, d.bits.group(), o.cell(m.kind))
-			if m.never && o.value != 0 && cohort == Candidate {
-				s.r.wakeUp()
+			cell := o.cell(m, s.r.dither)
+			if cell < 0 {
+				s.r.invalid.Add(1)
+				continue next
+			}
+			ring.outcomes[c][i].Add(shard, d.bits.group(), cell)
+			switch {
+			case i == errorsIndex:
+				answer = answeredErrors
+			case m.marks > 0:
+				marks := ring.marks[i]
+				marks.tables[c].Add(shard, d.bits.group(), marks.cell(int(c), cell))
+			}
+			if cohort == Candidate {
+				if m.never && o.value != 0 {
+					s.r.wakeUp()
+				}
+				if o.why != nil {
+					s.life.reasons[i].keep(o.why)
+				}
 			}
 			continue next
 		}
 		s.r.unknownMetric(o)
+	}
+	// A slot that is long over counts something else by now.
+	if d.slot != 0 && s.r.slot.Load()-d.slot < slots {
+		ring.slots[c].Add(shard, uint64(d.slot), answer+int(d.bits.group()%slotGroups))
 	}
 }
 
@@ -228,5 +250,5 @@ func (r *Rollout) ParseDecision(text []byte) (Decision, error) {
 		}
 	}
 	at := r.snapshotOf(n[0], n[1])
-	return Decision{at, b&^(255<<ringShift) | bits(i)<<ringShift}, nil
+	return Decision{at: at, bits: b&^(255<<ringShift) | bits(i)<<ringShift}, nil
 }

@@ -103,6 +103,7 @@ func (s Spec) timing() bool {
 type Risk struct {
 	FalseRollback  float64 // α: some gate that is not violated is ever called Unhealthy
 	FalsePromotion float64 // α_p: a gate that is violated is ever called Healthy, a stage
+	Independent    bool    // outcomes of one unit are as good as independent: nothing is corrected for what they share
 }
 
 // Block is one closed block of one metric in one ring: what came in since the

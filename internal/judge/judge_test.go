@@ -566,7 +566,7 @@ func TestNewRefuses(t *testing.T) {
 	if _, err := New(nil, risk); err != nil {
 		t.Error(err)
 	}
-	for _, r := range []Risk{{}, {0, .5}, {.5, 1}, {math.NaN(), .5}, {.5, math.Inf(1)}} {
+	for _, r := range []Risk{{}, {0, .5, false}, {.5, 1, false}, {math.NaN(), .5, false}, {.5, math.Inf(1), false}} {
 		if _, err := New(nil, r); err == nil {
 			t.Errorf("takes %+v", r)
 		}

@@ -24,6 +24,8 @@ const (
 	MaxNotes    = 32
 	MaxNote     = 1024 // bytes of one note or cause
 	MaxBytes    = 900 << 10
+
+	MaxRationales = 16 << 10 // bytes of an incident's rationales together
 )
 
 // Phase is where a rollout is. The zero value is Pending.
@@ -219,6 +221,8 @@ type Incident struct {
 	Control   judge.Estimate `json:"control"`
 	E         float64        `json:"e,omitempty"`
 	NeedE     float64        `json:"needE,omitempty"`
+
+	Rationales []string `json:"rationales,omitempty"` // of the candidate's observations of Metric
 }
 
 // Clone is a deep copy.
@@ -240,6 +244,7 @@ func (s *State) Clone() *State {
 	}
 	if s.Incident != nil {
 		i := *s.Incident
+		i.Rationales = slices.Clone(i.Rationales)
 		c.Incident = &i
 	}
 	return &c
