@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"strconv"
+	"time"
 
 	"github.com/stagedrollout/rollout/internal/evidence"
 )
@@ -144,7 +145,12 @@ func (d Decision) Record(obs ...Observation) {
 		}
 		return
 	}
-	shard, c, answer := evidence.Shard(), cohort-Control, answered
+	slot := noSlot
+	if d.slot != 0 && s.r.slot.Load()-d.slot < slots { // one that is long over counts something else by now
+		slot = int(d.slot % slots)
+	}
+	shard, group, c := evidence.Shard(), d.bits.group(), int(cohort-Control)&1
+	plain := true // no observation of Errors among them
 next:
 	for _, o := range obs {
 		for i := range s.metrics {
@@ -152,18 +158,23 @@ next:
 			if m.ref != o.m {
 				continue
 			}
-			cell := o.cell(m, s.r.dither)
-			if cell < 0 {
-				s.r.invalid.Add(1)
-				continue next
-			}
-			ring.outcomes[c][i].Add(shard, d.bits.group(), cell)
 			switch {
 			case i == errorsIndex:
-				answer = answeredErrors
-			case m.marks > 0:
-				marks := ring.marks[i]
-				marks.tables[c].Add(shard, d.bits.group(), marks.cell(int(c), cell))
+				plain = false
+				ring.outcomes[c][i].AddIn(slot, shard, group, int(o.value))
+			case m.kind == timingKind:
+				cell := evidence.Index(time.Duration(o.value))
+				ring.outcomes[c][i].Add(shard, group, cell)
+				if marks := ring.marks[i]; marks != nil {
+					marks.tables[c].Add(shard, group, marks.cell(c, cell))
+				}
+			default:
+				cell := o.cell(m, s.r.dither)
+				if cell < 0 {
+					s.r.invalid.Add(1)
+					continue next
+				}
+				ring.outcomes[c][i].Add(shard, group, cell)
 			}
 			if cohort == Candidate {
 				if m.never && o.value != 0 {
@@ -175,11 +186,10 @@ next:
 			}
 			continue next
 		}
-		s.r.unknownMetric(o)
+		s.r.unknownMetric(o.m)
 	}
-	// A slot that is long over counts something else by now.
-	if d.slot != 0 && s.r.slot.Load()-d.slot < slots {
-		ring.slots[c].Add(shard, uint64(d.slot), answer+int(d.bits.group()%slotGroups))
+	if plain && slot != noSlot {
+		ring.slots[c].add(shard, uint32(slot), answered, group)
 	}
 }
 

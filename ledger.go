@@ -23,8 +23,8 @@ type ledger struct {
 // ringLedger is one ring of a ledger.
 type ringLedger struct {
 	metrics []metricLedger
-	base    [2][]uint64 // what the cells of each slot held when it began, by cohort
-	silent  uint32      // the slot up to which silence was consumed
+	base    [2][slots]*slotCounts // what the cells of each slot held when it began, by cohort
+	silent  uint32                // the slot up to which silence was consumed
 	first   firstLedger
 }
 
@@ -43,6 +43,8 @@ type firstLedger struct {
 	consumed [2][]uint64
 	closed   time.Time
 }
+
+var nothingYet slotCounts
 
 func newLedger(s *snapshot, now time.Time) *ledger {
 	l := &ledger{snap: s, rings: make([]ringLedger, len(s.rings))}
@@ -63,7 +65,9 @@ func newLedger(s *snapshot, now time.Time) *ledger {
 		}
 		rl.silent, rl.first.closed = s.r.slot.Load()-1, now
 		for c := range rl.base {
-			rl.base[c] = make([]uint64, slots*slotCells)
+			for k := range rl.base[c] {
+				rl.base[c][k] = &nothingYet
+			}
 			rl.first.consumed[c] = make([]uint64, slotGroups)
 		}
 	}
@@ -250,7 +254,7 @@ func (r *Rollout) retireLocked(l *ledger) {
 			continue
 		}
 		for c := range ring.outcomes {
-			r.pastCounts[i][c] += decisions(ring.slots[c])
+			r.pastCounts[i][c] += ring.slots[c].total(decided)
 			for j, t := range ring.outcomes[c] {
 				t.AddTo(r.past[i][c][j])
 			}
@@ -265,7 +269,7 @@ func (r *Rollout) decidedLocked() [][2]uint64 {
 		for i := range l.snap.rings {
 			if ring := &l.snap.rings[i]; !ring.closed {
 				for c := range ring.slots {
-					counts[i][c] += decisions(ring.slots[c])
+					counts[i][c] += ring.slots[c].total(decided)
 				}
 			}
 		}

@@ -315,7 +315,7 @@ func (o Observation) Because(rationale string) Observation {
 }
 
 // cell is the index of the disjoint outcome that o falls into, -1 if it is none. dither is a source of even chances.
-func (o Observation) cell(m *metricView, dither func() uint32) int {
+func (o *Observation) cell(m *metricView, dither func() uint32) int {
 	switch m.kind {
 	case timingKind:
 		return evidence.Index(time.Duration(o.value))

@@ -361,10 +361,10 @@ func signal(c chan struct{}) {
 }
 
 // unknownMetric counts an observation of a metric the policy does not name; the first is logged.
-func (r *Rollout) unknownMetric(o Observation) {
+func (r *Rollout) unknownMetric(m metricRef) {
 	r.unknown.Add(1)
 	if r.firstUnknown.Load() == nil {
-		name := nameOf(o.m)
+		name := nameOf(m)
 		r.firstUnknown.CompareAndSwap(nil, &name)
 	}
 }

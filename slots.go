@@ -1,6 +1,7 @@
 package rollout
 
 import (
+	"sync/atomic"
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/evidence"
@@ -18,12 +19,58 @@ const (
 
 	slotGroups = 16 // groups of units
 
-	// The cells of a slot, by group of units each.
-	decided        = 0              // decisions counted
-	answered       = slotGroups     // calls of Record without an observation of Errors
-	answeredErrors = 2 * slotGroups // and with one
-	slotCells      = 3 * slotGroups
+	// The cells of a slot, by group of units each: decisions counted, and calls of Record without an observation of
+	// Errors. Those with one are in the table of Errors, which has a layer for each slot: one add instead of two.
+	decided   = 0
+	answered  = slotGroups
+	slotCells = 2 * slotGroups
+
+	noSlot = slots // the layer for what belongs to no slot
 )
+
+// slotTable counts what was decided and answered in one ring and cohort, by slot. It is an evidence.Table of a fixed
+// size, because every decision adds to it.
+type slotTable [evidence.Shards][slots][slotCells]atomic.Uint64
+
+// add counts one more in a cell of a slot, for a unit of the given group.
+func (t *slotTable) add(shard uint64, slot uint32, what int, group uint64) {
+	t[shard%evidence.Shards][slot%slots][(uint64(what)+group%slotGroups)%slotCells].Add(1)
+}
+
+// total is what the cells hold, of all slots and groups together.
+func (t *slotTable) total(what int) uint64 {
+	var n uint64
+	for s := range t {
+		for position := range t[s] {
+			for k := range slotGroups {
+				n += t[s][position][what+k].Load()
+			}
+		}
+	}
+	return n
+}
+
+// slotCounts are what one slot holds, by group of units.
+type slotCounts struct{ decided, answered, errors [slotGroups]uint64 }
+
+// counts are what a slot's cells hold, of all slots that they were used for.
+func (v *ringView) counts(cohort, position int) *slotCounts {
+	n := &slotCounts{}
+	for s := range v.slots[cohort] {
+		row := &v.slots[cohort][s][position]
+		for g := range slotGroups {
+			n.decided[g] += row[decided+g].Load()
+			n.answered[g] += row[answered+g].Load()
+		}
+	}
+	t := v.outcomes[cohort][errorsIndex]
+	cells := make([]uint64, t.Width()*t.Groups())
+	t.AddLayerTo(cells, position)
+	for k, x := range cells {
+		n.errors[k/t.Width()%slotGroups] += x
+	}
+	return n
+}
 
 // slotClock is when slots began and ended, of the goroutine of Run alone.
 type slotClock struct {
@@ -58,9 +105,7 @@ func (l *ledger) base(position int) {
 			continue
 		}
 		for c := range rl.base {
-			row := rl.base[c][position*slotCells : (position+1)*slotCells]
-			clear(row)
-			ring.slots[c].AddGroupTo(row, position)
+			rl.base[c][position] = ring.counts(c, position)
 		}
 	}
 }
@@ -77,10 +122,13 @@ func (v *voice) listen(ring *ringView) {
 		return
 	}
 	for c := range ring.slots {
-		cells := make([]uint64, slotCells)
-		ring.slots[c].AddTo(cells)
-		v.some = v.some || sum(cells[answered:]) > 0
-		v.errors = v.errors || c == 0 && sum(cells[answeredErrors:]) > 0
+		errors := uint64(0)
+		for position := range slots { // what belongs to no slot was decided elsewhere
+			n := ring.counts(c, position)
+			errors += sum(n.errors[:])
+			v.some = v.some || errors > 0 || sum(n.answered[:]) > 0
+		}
+		v.errors = v.errors || c == 0 && errors > 0
 	}
 }
 
@@ -124,19 +172,17 @@ type slotNote struct {
 
 // silence is the block of one slot: decisions that something came of, and those that nothing came of.
 func (rl *ringLedger) silence(ring *ringView, position int, errors bool) (b judge.Block, some bool) {
-	answers := answered
-	if errors {
-		answers = answeredErrors
-	}
 	var cells, by [2][]uint64
 	for c := range cells {
-		row := make([]uint64, slotCells)
-		ring.slots[c].AddGroupTo(row, position)
-		base := rl.base[c][position*slotCells:]
+		now, base := ring.counts(c, position), rl.base[c][position]
 		cells[c], by[c] = make([]uint64, 2), make([]uint64, 0, 2*slotGroups)
 		for g := range slotGroups {
-			n := row[decided+g] - base[decided+g]
-			good := min(n, row[answers+g]-base[answers+g]) // one decision may have several
+			answers := now.answered[g] - base.answered[g]
+			if errors {
+				answers = now.errors[g] - base.errors[g]
+			}
+			n := now.decided[g] - base.decided[g]
+			good := min(n, answers) // one decision may have several
 			by[c] = append(by[c], good, n-good)
 			cells[c][0] += good
 			cells[c][1] += n - good
@@ -146,11 +192,4 @@ func (rl *ringLedger) silence(ring *ringView, position int, errors bool) (b judg
 		Metric: GuardNoOutcome, Ring: ring.name,
 		Control: cells[0], Candidate: cells[1], ControlBy: by[0], CandidateBy: by[1],
 	}, sum(cells[0])+sum(cells[1]) > 0
-}
-
-// decisions is how many were counted.
-func decisions(t *evidence.Table) uint64 {
-	cells := make([]uint64, slotCells)
-	t.AddTo(cells)
-	return sum(cells[decided : decided+slotGroups])
 }

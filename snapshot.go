@@ -36,12 +36,12 @@ type ringView struct {
 	all    bool   // every unit is in, keyed or not
 	closed bool   // the answer is fixed, for every unit
 	index  uint8
-	fixed  bits               // the answer while closed
-	in     bits               // the answer for a unit that is in, but for its group
-	out    bits               // for one that is not
-	back   bits               // for one that is held back
-	slots  [2]*evidence.Table // by cohort: what was decided and answered, by slot of time
-	met    *bitmap            // the units that came in this generation
+	fixed  bits          // the answer while closed
+	in     bits          // the answer for a unit that is in, but for its group
+	out    bits          // for one that is not
+	back   bits          // for one that is held back
+	slots  [2]*slotTable // by cohort: what was decided and answered, by slot of time
+	met    *bitmap       // the units that came in this generation
 
 	name     string
 	match    func(Unit) bool
@@ -128,8 +128,9 @@ func (v *ringView) special() bits {
 // count counts an answer of cohort Control or Candidate, and the unit if it comes for the first time.
 func (v *ringView) count(b bits, bucket uint64, slot uint32) {
 	c, group, shard := b>>cohortShift&2>>1, b.group(), evidence.Shard()
-	v.slots[c].Add(shard, uint64(slot), decided+int(group%slotGroups))
-	if !v.met.has(bucket) && v.met.set(bucket) {
+	known := v.met.has(bucket) // looked up before the add, which a processor waits for
+	v.slots[c].add(shard, slot, decided, group)
+	if !known && v.met.set(bucket) {
 		v.first[c].Add(shard, group, 0)
 	}
 }
@@ -239,10 +240,14 @@ func (r *Rollout) open(v *ringView, share Percent, life *generation) {
 	v.met = &life.met[i]
 	v.marks = make([]*marks, len(r.metrics))
 	for c := range v.outcomes {
-		for _, m := range r.metrics {
-			v.outcomes[c] = append(v.outcomes[c], evidence.NewTable(m.cells, m.groups))
+		for j, m := range r.metrics {
+			layers := 1
+			if j == errorsIndex {
+				layers = slots + 1
+			}
+			v.outcomes[c] = append(v.outcomes[c], evidence.NewLayers(layers, m.cells, m.groups))
 		}
-		v.slots[c] = evidence.NewTable(slotCells, slots)
+		v.slots[c] = &slotTable{}
 		v.first[c] = evidence.NewTable(1, slotGroups)
 	}
 	for j, m := range r.metrics {

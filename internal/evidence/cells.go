@@ -31,15 +31,19 @@ type Table struct {
 	width  int    // cells
 	groups int    // a power of two
 	mask   uint64 // groups - 1
+	layer  int    // words a layer
 	stride int    // words a shard, padded
 	words  []atomic.Uint64
 }
 
 // NewTable returns a table of width cells, split by shard and into groups of units: 1, or another power of two up to
 // [Groups].
-func NewTable(width, groups int) *Table {
-	t := &Table{width: width, groups: groups, mask: uint64(groups - 1)}
-	t.stride = (width*t.groups+line-1)/line*line + line
+func NewTable(width, groups int) *Table { return NewLayers(1, width, groups) }
+
+// NewLayers returns a table that is split into layers as well.
+func NewLayers(layers, width, groups int) *Table {
+	t := &Table{width: width, groups: groups, mask: uint64(groups - 1), layer: width * groups}
+	t.stride = (layers*t.layer+line-1)/line*line + line
 	t.words = make([]atomic.Uint64, Shards*t.stride)
 	return t
 }
@@ -49,33 +53,40 @@ func (t *Table) Add(shard, group uint64, cell int) {
 	t.words[int(shard)*t.stride+int(group&t.mask)*t.width+cell].Add(1)
 }
 
+// AddIn is Add in the given layer, from 0.
+func (t *Table) AddIn(layer int, shard, group uint64, cell int) {
+	t.words[int(shard)*t.stride+layer*t.layer+int(group&t.mask)*t.width+cell].Add(1)
+}
+
 // Width is the number of cells.
 func (t *Table) Width() int { return t.width }
 
 // Groups is the number of groups.
 func (t *Table) Groups() int { return t.groups }
 
-// AddTo adds the present totals, summed over shards and groups, to dst, which must have length [Table.Width].
+// AddTo adds the present totals, summed over shards, layers and groups, to dst, which must have length [Table.Width].
 func (t *Table) AddTo(dst []uint64) {
-	for g := range t.groups {
-		t.AddGroupTo(dst, g)
-	}
+	t.each(0, t.stride-line, func(k int, n uint64) { dst[k%t.width] += n })
 }
 
-// AddGroupsTo adds the present totals, summed over shards, to dst, group after group. It must have room for the cells
-// of every group.
+// AddGroupsTo adds the present totals, summed over shards and layers, to dst, group after group. It must have room for
+// the cells of every group.
 func (t *Table) AddGroupsTo(dst []uint64) {
-	for g := range t.groups {
-		t.AddGroupTo(dst[g*t.width:(g+1)*t.width], g)
-	}
+	t.each(0, t.stride-line, func(k int, n uint64) { dst[k%t.layer] += n })
 }
 
-// AddGroupTo adds the present totals of one group, summed over shards, to dst, which must have length [Table.Width].
-func (t *Table) AddGroupTo(dst []uint64, group int) {
+// AddLayerTo is AddGroupsTo of one layer.
+func (t *Table) AddLayerTo(dst []uint64, layer int) {
+	t.each(layer*t.layer, (layer+1)*t.layer, func(k int, n uint64) { dst[k%t.layer] += n })
+}
+
+// each calls f with the words from one index to another of every shard that are not zero.
+func (t *Table) each(from, to int, f func(k int, n uint64)) {
 	for s := range Shards {
-		row := t.words[s*t.stride+group*t.width:]
-		for c := range t.width {
-			dst[c] += row[c].Load()
+		for k := from; k < to; k++ {
+			if n := t.words[s*t.stride+k].Load(); n > 0 {
+				f(k, n)
+			}
 		}
 	}
 }
