@@ -17,6 +17,7 @@ type intent struct {
 
 // tick is one evaluation: load, square, judge, store, follow. In the last one of a Run every block closes.
 func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
+	r.turnSlot(time.Now())
 	for range 4 {
 		l, err := r.latest(ctx)
 		if err != nil {
@@ -41,10 +42,14 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 				c.stepped = k.at // the time before was another generation's
 			}
 			in := r.input(c, k)
+			r.addSources(l.st, &in)
 			var more []machine.Event
 			next, more = r.stepAsking(ctx, l.st, in)
 			l.events = append(l.events, more...)
 			news := len(l.events) + len(in.Blocks) + len(in.Outcomes) + len(in.Breaches)
+			if in.Sources != nil && !sameTotals(in.Sources, l.st.Sources) {
+				news++
+			}
 			acted := !slices.Equal(next.Acted, l.st.Acted)
 			if !l.dirty && !acted && news == 0 && k.at.Sub(c.stored) < 12*r.o.Interval {
 				if l.st.Phase != machine.Running {
@@ -150,10 +155,10 @@ func (r *Rollout) cutFor(st *machine.State, last bool) *cut {
 	r.mu.Lock()
 	ledgers := r.ledgers
 	r.mu.Unlock()
-	k := &cut{at: time.Now()}
+	k := &cut{at: time.Now(), reasons: r.rationales()}
 	for _, l := range ledgers {
 		if l.snap.gen == st.Gen {
-			l.cut(k, l.snap.epoch == st.Epoch && !l.snap.over.Load(), last)
+			l.cut(k, st, last)
 			k.ledgers = append(k.ledgers, l)
 		}
 	}
@@ -169,7 +174,7 @@ func (r *Rollout) input(c *clock, k *cut) machine.Input {
 	r.mu.Unlock()
 	return machine.Input{
 		Now: k.at, Elapsed: k.at.Sub(since), Blocks: k.blocks, Outcomes: k.outcomes, Breaches: k.breaches,
-		Checks: checks, MayAdvance: true,
+		Checks: checks, Rationales: k.reasons, MayAdvance: true,
 	}
 }
 
@@ -217,6 +222,7 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 	}
 	next := st.Clone()
 	in := r.input(c, r.cutFor(st, false))
+	r.addSources(st, &in)
 	in.MayAdvance = false
 	machine.Step(next, r.plan, in)
 	r.mu.Lock()

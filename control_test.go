@@ -191,7 +191,9 @@ func TestEndToEnd(t *testing.T) {
 // TestAbsenceNeverPromotes: without outcomes, or with those of one cohort alone, time by itself moves nothing up.
 func TestAbsenceNeverPromotes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := start(t, "x", threeStages(), Options{})
+		p := threeStages()
+		p.Without = []string{GuardNoOutcome} // which does more than not to promote
+		r := start(t, "x", p, Options{})
 		time.Sleep(3 * time.Hour)
 		synctest.Wait()
 		r.is(Running, "everyone 10 %")
@@ -216,6 +218,38 @@ func TestAbsenceNeverPromotes(t *testing.T) {
 		}
 		r.is(Running, "everyone 50 %")
 	})
+}
+
+// TestHang: a candidate whose decisions go without outcomes, from the start or later, is rolled back; where neither
+// cohort records anything nobody is.
+func TestHang(t *testing.T) {
+	for _, c := range []struct {
+		name               string
+		before             time.Duration // both record
+		candidate, control bool          // do, from then on
+		want               State
+	}{
+		{"from the start", 0, false, true, RolledBack},
+		{"later", 50 * time.Second, false, true, RolledBack},
+		{"nobody records", 0, false, false, Running},
+		{"the control is silent", 20 * time.Second, true, false, Running},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := start(t, "x", threeStages(), Options{})
+			r.serve(c.before, 0, 0)
+			for range 1200 {
+				time.Sleep(100 * time.Millisecond)
+				r.n++
+				if d := r.Decide(Unit{Key: fmt.Sprint(r.n)}); d.Enabled() && c.candidate || !d.Enabled() && c.control {
+					d.Record(Errors.Observe(false))
+				}
+			}
+			synctest.Wait()
+			if s := r.Status(); s.State != c.want || s.Incident != nil && s.Incident.Gate != GuardNoOutcome {
+				t.Errorf("%s: %v, %+v", c.name, s.State, s.Incident)
+			}
+		})
+	}
 }
 
 func TestDeadline(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"strconv"
+	"time"
 
 	"github.com/stagedrollout/rollout/internal/evidence"
 )
@@ -56,6 +57,7 @@ func (r *Reason) UnmarshalText(b []byte) error { return parseIn(reasonNames, b, 
 type Decision struct {
 	at   *snapshot
 	bits bits
+	slot uint32 // of time, in which it was counted; 0: it was not
 }
 
 // bits are a decision's answer: from the lowest, enabled (1), cohort (2), reason (5), ring (8), group (6).
@@ -127,13 +129,13 @@ func (d Decision) Generation() uint64 {
 	return d.at.gen
 }
 
-// Record adds what came of the decision to the evidence: one atomic add an observation, no lock, no allocation. A
-// decision of cohort None records nothing. An observation that comes after the rollout moved on by more than one stage,
-// or to another generation, is dropped and counted in Status.Late; one of a metric that the rollout does not know is
-// dropped and counted in Status.Unknown.
+// Record adds what came of the decision to the evidence: a few atomic adds, no lock, no allocation. A decision of cohort
+// None records nothing. An observation that comes after the rollout moved on by more than one stage, or to another
+// generation, is dropped and counted in Status.Late; one of a metric that the rollout does not know is dropped and
+// counted in Status.Unknown, and one that is not a number in Status.Invalid.
 func (d Decision) Record(obs ...Observation) {
 	s, cohort := d.at, d.bits.cohort()
-	if s == nil || cohort == None {
+	if s == nil || cohort == None || len(obs) == 0 {
 		return
 	}
 	ring := &s.rings[d.bits.ring()]
@@ -143,7 +145,12 @@ func (d Decision) Record(obs ...Observation) {
 		}
 		return
 	}
-	shard := evidence.Shard()
+	slot := noSlot
+	if d.slot != 0 && s.r.slot.Load()-d.slot < slots { // one that is long over counts something else by now
+		slot = int(d.slot % slots)
+	}
+	shard, group, c := evidence.Shard(), d.bits.group(), int(cohort-Control)&1
+	plain := true // no observation of Errors among them
 next:
 	for _, o := range obs {
 		for i := range s.metrics {
@@ -151,13 +158,38 @@ next:
 			if m.ref != o.m {
 				continue
 			}
-			ring.outcomes[cohort-Control][i].Add(shard, d.bits.group(), o.cell(m.kind))
-			if m.never && o.value != 0 && cohort == Candidate {
-				s.r.wakeUp()
+			switch {
+			case i == errorsIndex:
+				plain = false
+				ring.outcomes[c][i].AddIn(slot, shard, group, int(o.value))
+			case m.kind == timingKind:
+				cell := evidence.Index(time.Duration(o.value))
+				ring.outcomes[c][i].Add(shard, group, cell)
+				if marks := ring.marks[i]; marks != nil {
+					marks.tables[c].Add(shard, group, marks.cell(c, cell))
+				}
+			default:
+				cell := o.cell(m, s.r.dither)
+				if cell < 0 {
+					s.r.invalid.Add(1)
+					continue next
+				}
+				ring.outcomes[c][i].Add(shard, group, cell)
+			}
+			if cohort == Candidate {
+				if m.never && o.value != 0 {
+					s.r.wakeUp()
+				}
+				if o.why != nil {
+					s.life.reasons[i].keep(o.why)
+				}
 			}
 			continue next
 		}
-		s.r.unknownMetric(o)
+		s.r.unknownMetric(o.m)
+	}
+	if plain && slot != noSlot {
+		ring.slots[c].add(shard, uint32(slot), answered, group)
 	}
 }
 
@@ -228,5 +260,5 @@ func (r *Rollout) ParseDecision(text []byte) (Decision, error) {
 		}
 	}
 	at := r.snapshotOf(n[0], n[1])
-	return Decision{at, b&^(255<<ringShift) | bits(i)<<ringShift}, nil
+	return Decision{at: at, bits: b&^(255<<ringShift) | bits(i)<<ringShift}, nil
 }

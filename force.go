@@ -4,7 +4,6 @@ import (
 	"context"
 	"sync/atomic"
 
-	"github.com/stagedrollout/rollout/internal/evidence"
 	"github.com/stagedrollout/rollout/internal/force"
 )
 
@@ -55,7 +54,7 @@ func (s *scope) decideForced(r *Rollout) (d Decision, ok bool) {
 			if s.base != nil {
 				who = s.base
 			}
-			return at.decision(who.who(), 0), true
+			return at.decision(who.who(), 0, 0), true
 		}
 	}
 	if s.base != nil {
@@ -64,15 +63,11 @@ func (s *scope) decideForced(r *Rollout) (d Decision, ok bool) {
 	return Decision{}, false
 }
 
-// forcedSnapshot answers with cohort c for everybody. Nothing is recorded of it: its generation is none, and what it
-// counts nobody reads.
+// forcedSnapshot answers with cohort c for everybody. Nothing is counted or recorded of it: its generation is none.
 func (r *Rollout) forcedSnapshot(c Cohort) *snapshot {
 	s := &snapshot{r: r, version: r.policy.Version, over: &atomic.Bool{}}
 	for i, name := range r.plan.Rings {
-		v := ringView{
-			name: name, index: uint8(i), closed: true, fixed: pack(c == Candidate, c, ReasonForced, i, 0),
-			counts: new([2]evidence.Counter),
-		}
+		v := ringView{name: name, index: uint8(i), closed: true, fixed: pack(c == Candidate, c, ReasonForced, i, 0)}
 		if i < len(r.policy.Rings) {
 			v.match = r.policy.Rings[i].Match
 			s.asks = s.asks || v.match != nil

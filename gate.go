@@ -50,10 +50,10 @@ func (a *Action) UnmarshalText(b []byte) error { return parseIn(actionNames, b, 
 // Gate is a claim on a metric, such as "errors within 1 point of control", with an action if it is broken. Gates are made
 // by the methods of a metric or by [Check]; the zero value is refused by [Policy.Validate].
 //
-// Most gates are two-sided: Unhealthy once the claim is proven broken, Healthy once it is proven kept. NoWorse and Never
-// are guards: they can be broken but are never needed for a promotion. Beside a margin on the same metric (Within or
-// WithinFactor), a guard without an explicit [Gate.OnFail] only reports: otherwise it would roll back what the margin
-// allows.
+// Most gates are two-sided: Unhealthy once the claim is proven broken, Healthy once it is proven kept. NoWorse, NoChange
+// and Never are guards: they can be broken but are never needed for a promotion. Beside a margin on the same metric
+// (Within or WithinFactor), a guard without an explicit [Gate.OnFail] only reports: otherwise it would roll back what the
+// margin allows. Two guards are always there, see [GuardNoOutcome] and [GuardSplit].
 type Gate struct {
 	name   string
 	metric metricRef
@@ -64,6 +64,7 @@ type Gate struct {
 	factor   float64       // WithinFactor
 	quantile float64       // of a timing
 	limit    time.Duration // Quantile.AtMost
+	value    float64       // of a score: the drop or the least value; of a mix: the distance
 
 	check func(context.Context) (Verdict, error)
 }
@@ -130,6 +131,37 @@ func (q Quantile) AtMost(d time.Duration) Gate {
 	return Gate{name: q.gate("AtMost", d.String()), metric: q.m, kind: judge.QuantileAtMost, quantile: q.q, limit: d}
 }
 
+// Within claims that the candidate's mean is at most drop below the control's. drop is in the unit of the score, above 0
+// and less than its range.
+func (s Score) Within(drop float64) Gate {
+	return Gate{name: nameOf(s.m) + ".Within(" + number(drop) + ")", metric: s.m, kind: judge.ScoreWithin, value: drop}
+}
+
+// AtLeast claims that the candidate's mean is at least x, whatever the control's is. x is in the unit of the score,
+// between the ends of its range. It needs no control.
+func (s Score) AtLeast(x float64) Gate {
+	return Gate{name: nameOf(s.m) + ".AtLeast(" + number(x) + ")", metric: s.m, kind: judge.ScoreAtLeast, value: x}
+}
+
+// NoWorse claims that the candidate's mean is not below the control's at all. It is a guard: it rolls back on any proven
+// worsening, however small, and is not needed for a promotion.
+func (s Score) NoWorse() Gate {
+	return Gate{name: nameOf(s.m) + ".NoWorse", metric: s.m, kind: judge.ScoreNoWorse}
+}
+
+// Within claims that the candidate's mix is at most distance away from the control's: the total variation distance, which
+// is the part of all outcomes that would need another label for the two to be alike. It is above 0 and below 1; 0.05 is
+// five points moved from one label to another.
+func (x Mix) Within(distance float64) Gate {
+	return Gate{name: nameOf(x.m) + ".Within(" + number(distance) + ")", metric: x.m, kind: judge.MixWithin, value: distance}
+}
+
+// NoChange claims that the candidate's mix is the control's. It is a guard: it rolls back on any proven change, however
+// small and for better or worse, and is not needed for a promotion.
+func (x Mix) NoChange() Gate {
+	return Gate{name: nameOf(x.m) + ".NoChange", metric: x.m, kind: judge.MixNoChange}
+}
+
 // Check returns a gate that asks any question, once a tick while [Rollout.Run] runs, each in a goroutine of its own.
 // (Unhealthy, err) acts at once and err is the cause; Healthy proves the gate for as long as it is the last answer. Any
 // other error, a panic, or no answer within 10 seconds (or a tick, whichever is longer) is Inconclusive with that cause.
@@ -148,14 +180,22 @@ func (q Quantile) gate(method, arg string) string {
 
 func number(x float64) string { return strconv.FormatFloat(x, 'g', -1, 64) }
 
-// isMargin reports whether the gate tolerates some worsening against the control.
+// isMargin reports whether the gate tolerates some worsening, or change, against the control.
 func (g Gate) isMargin() bool {
-	return g.kind == judge.Within || g.kind == judge.WithinFactor || g.kind == judge.QuantileWithinFactor
+	switch g.kind {
+	case judge.Within, judge.WithinFactor, judge.QuantileWithinFactor, judge.ScoreWithin, judge.MixWithin:
+		return true
+	}
+	return false
 }
 
 // isGuard reports whether the gate can only be broken, never proven.
 func (g Gate) isGuard() bool {
-	return g.kind == judge.Never || g.kind == judge.NoWorse || g.kind == judge.TimingNoWorse
+	switch g.kind {
+	case judge.Never, judge.NoWorse, judge.TimingNoWorse, judge.ScoreNoWorse, judge.MixNoChange:
+		return true
+	}
+	return false
 }
 
 // problems are what is wrong with the gate by itself, each without the gate's name.
@@ -172,15 +212,22 @@ func (g Gate) problems() []string {
 		if !ringName.MatchString(g.name) {
 			bad("the name %q of a Check must match %s", g.name, ringName)
 		}
+		if g.name == GuardSplit {
+			bad("the name %q is that of a guard that is always there", g.name)
+		}
 		if g.check == nil {
 			bad("its function is nil")
 		}
 		return ps
 	}
 	if g.metric == (metricRef{}) {
-		bad("its metric is the zero value; make metrics with NewRate or NewTiming")
-	} else if name := nameOf(g.metric); !ringName.MatchString(name) {
-		bad("the metric's name %q must match %s", name, ringName)
+		bad("its metric is the zero value; make metrics with NewRate, NewTiming, NewScore or NewMix")
+		return ps
+	}
+	id := g.metric.Value()
+	ps = append(ps, id.misnamed()...)
+	if more := id.problems(); len(more) > 0 {
+		return append(ps, more...) // its gates cannot be right
 	}
 	switch g.kind {
 	case judge.Within:
@@ -190,6 +237,18 @@ func (g Gate) problems() []string {
 	case judge.AtMost:
 		if !(g.margin/100 > 0 && g.margin < 100) {
 			bad("a limit of %v %% must be above 0 and below 100 (Never allows none)", float64(g.margin))
+		}
+	case judge.ScoreWithin:
+		if !(g.value > 0 && g.value < id.hi-id.lo) {
+			bad("a drop of %v must be above 0 and below %v, the width of the score's range (NoWorse allows no drop)", g.value, id.hi-id.lo)
+		}
+	case judge.ScoreAtLeast:
+		if !(g.value > id.lo && g.value < id.hi) {
+			bad("a least mean of %v must be above %v and below %v, the ends of the score's range", g.value, id.lo, id.hi)
+		}
+	case judge.MixWithin:
+		if !(g.value > 0 && g.value < 1) {
+			bad("a distance of %v must be above 0 and below 1 (NoChange allows none)", g.value)
 		}
 	}
 	if g.kind == judge.WithinFactor || g.kind == judge.QuantileWithinFactor {
@@ -221,8 +280,44 @@ func (g Gate) spec(margined bool) judge.Spec {
 		Name: g.name, Kind: g.kind, Action: judge.Action(a),
 		Margin: float64(g.margin) / 100, Factor: g.factor, Quantile: g.quantile, Limit: g.limit,
 	}
-	if g.kind != judge.Check {
-		s.Metric = nameOf(g.metric)
+	if g.kind == judge.Check || g.metric == (metricRef{}) {
+		return s
+	}
+	id := g.metric.Value()
+	s.Metric = id.name
+	switch g.kind {
+	case judge.ScoreWithin:
+		s.Margin = g.value / (id.hi - id.lo)
+	case judge.ScoreAtLeast:
+		s.Margin = (id.hi - g.value) / (id.hi - id.lo)
+	case judge.MixWithin:
+		s.Margin = g.value
+	}
+	switch id.kind {
+	case scoreKind:
+		s.Lo, s.Hi = id.lo, id.hi
+	case mixKind:
+		s.Labels = splitLabels(id.labels)
 	}
 	return s
+}
+
+// mark is a threshold that the outcomes of a timing are counted by for the gate's rollback, in the judge's terms.
+type mark struct {
+	quantile    float64
+	shift, cell int
+}
+
+// marks are those of one gate.
+func (g Gate) marks() []mark {
+	switch g.kind {
+	case judge.QuantileWithinFactor:
+		_, up := evidence.Shift(g.factor)
+		return []mark{{quantile: g.quantile, shift: up}}
+	case judge.QuantileAtMost:
+		return []mark{{cell: evidence.Index(g.limit) + 1}}
+	case judge.TimingNoWorse:
+		return []mark{{quantile: .99}, {quantile: .5}}
+	}
+	return nil
 }

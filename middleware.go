@@ -255,11 +255,11 @@ func (r *Rollout) begin(ctx context.Context, u Unit) *call {
 		return c
 	}
 	who := s.who()
-	at, _ := s.present(r)
+	at, _, _ := s.present(r)
+	slot := r.slot.Load()
+	s.slots[0].Store(slot)
 	s.pins[0].Store(at)
-	v, b := at.decide(who, s.hash)
-	at.count(v, b) // also if it was answered before: a call has an outcome of its own
-	c.decision = Decision{at, b}
+	c.decision = at.counted(who, s.hash, slot) // also if it was answered before: a call has an outcome of its own
 	return c
 }
 

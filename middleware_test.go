@@ -17,6 +17,8 @@ import (
 	"testing/iotest"
 	"testing/synctest"
 	"time"
+
+	"github.com/stagedrollout/rollout/internal/evidence"
 )
 
 // tally is what a rollout counted, by cohort: control, candidate.
@@ -887,7 +889,7 @@ func TestDoTimes(t *testing.T) {
 			t.Error(v, err)
 		}
 		got := r.outcomes(len(r.plan.Rings)-1, 1, 1)
-		if cell := Latency.Observe(3 * time.Second).cell(timingKind); got[cell] != 1 {
+		if cell := evidence.Index(3 * time.Second); got[cell] != 1 {
 			t.Error("no outcome of 3 s was recorded")
 		}
 	})

@@ -1,6 +1,11 @@
 package rollout
 
-import "time"
+import (
+	"slices"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/judge"
+)
 
 // Stage is one rung of the ladder: a share of one ring.
 type Stage struct {
@@ -71,6 +76,40 @@ type Policy struct {
 	MayAdvance func(time.Time) bool
 	// Metrics are recorded without a gate, to be watched.
 	Metrics []Metric
+	// Without are the guards to turn off of those that are always there: [GuardNoOutcome], [GuardSplit]. Default: none.
+	Without []string
+	// Independent says that the outcomes of one unit are as good as independent of each other, as where a unit seldom
+	// comes twice: gates then need less evidence. Where one unit's outcomes do go together, a rollback for nothing is more
+	// likely than FalseRollback, and so is a false promotion. Default: they are not.
+	Independent bool
+}
+
+// The guards of every policy, turned off by Policy.Without. They are armed in every stage, can only be broken, and are
+// never needed for a promotion. They need no metric: they look at what is decided and recorded anyway.
+const (
+	// GuardNoOutcome rolls back where decisions for the candidate go without an outcome more often than those for the
+	// control: requests that hang or crash leave nothing else behind. A decision that is counted has an outcome once
+	// [Errors] is recorded of it, or anything where the control records no Errors. It is looked at in slots of 5 s or a
+	// tick, whichever is longer, 5 s after their end at the earliest: later where the control's [Latency] is longer (its
+	// 99.9th percentile), but 60 s at most. Where neither cohort records anything it says nothing.
+	GuardNoOutcome = "no outcome"
+	// GuardSplit holds where the units that come are not divided as the share says: then something is between the
+	// decision and the units, and the cohorts cannot be compared. It counts a unit when it first comes.
+	GuardSplit = "split"
+)
+
+// guards are the guards that are on, as the judge sees them.
+func (p *Policy) guards() []judge.Spec {
+	var specs []judge.Spec
+	for _, s := range []judge.Spec{
+		{Name: GuardNoOutcome, Metric: GuardNoOutcome, Kind: judge.Silence, Action: judge.Rollback},
+		{Name: GuardSplit, Metric: GuardSplit, Kind: judge.Split, Action: judge.Hold},
+	} {
+		if !slices.Contains(p.Without, s.Name) {
+			specs = append(specs, s)
+		}
+	}
+	return specs
 }
 
 const (
@@ -88,6 +127,7 @@ func (p Policy) withDefaults(name string) Policy {
 	p.Gates = append([]Gate(nil), p.Gates...)
 	p.Rollback = append([]RollbackStep(nil), p.Rollback...)
 	p.Metrics = append([]Metric(nil), p.Metrics...)
+	p.Without = append([]string(nil), p.Without...)
 	if p.Salt == "" {
 		p.Salt = name
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -58,6 +59,10 @@ type Incident struct {
 	Control    Estimate  `json:"control"`
 	E          float64   `json:"e,omitempty"`     // the gate's evidence
 	NeedE      float64   `json:"needE,omitempty"` // what it needed by itself
+
+	// Rationales are what [Observation.Because] gave for the candidate's observations of Metric in this generation, in the
+	// process that found the gate broken: the first ones, and some of the others; at most 16 KiB together.
+	Rationales []string `json:"rationales,omitempty"`
 }
 
 // incident is the state's incident, or nil.
@@ -75,7 +80,8 @@ func (r *Rollout) incidentOf(in *machine.Incident) *Incident {
 	return &Incident{
 		Name: r.name, Version: in.Version, Generation: in.Gen, Time: in.Time, Stage: in.Stage, Ring: in.Ring,
 		Gate: in.Gate, Metric: in.Metric, Note: in.Note,
-		Candidate: estimate(in.Candidate), Control: estimate(in.Control), E: in.E, NeedE: in.NeedE,
+		Candidate: r.estimate(in.Gate, in.Candidate), Control: r.estimate(in.Gate, in.Control), E: in.E, NeedE: in.NeedE,
+		Rationales: slices.Clone(in.Rationales),
 	}
 }
 

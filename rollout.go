@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -51,6 +52,9 @@ type Options struct {
 	Lease time.Duration
 	// IsFailure says which errors of a Do are failures; it is never asked about nil. Default: all.
 	IsFailure func(error) bool
+	// Sources measure metrics elsewhere, by the name of a metric that the policy's gates or Metrics name. What this process
+	// records of such a metric is not judged. Every process of a rollout should have the same.
+	Sources map[string]Source
 	// Logger gets a line for each event. Default: slog.Default.
 	Logger *slog.Logger
 	// MeterProvider gets the instruments rollout.*. Default: the OpenTelemetry global.
@@ -71,16 +75,20 @@ type Rollout struct {
 	incarnation string // of this Rollout: one life of one process
 
 	snap    atomic.Pointer[snapshot] // what decisions see
+	slot    atomic.Uint32            // the present slot of time, from 1
+	dither  func() uint32            // even chances for scores; nil: of the process
+	guards  struct{ silence, split bool }
 	running atomic.Bool
 	wake    chan struct{} // asks Run for a tick now
 	hint    chan struct{} // asks Run for a look at the Store
 
-	noUnit, late, unknown, matchPanics atomic.Uint64
-	firstUnknown                       atomic.Pointer[string] // metric to be logged
-	op                                 atomic.Uint64
-	decoded                            atomic.Pointer[decoded] // the last state loaded
-	stray                              atomic.Int64            // store calls that have not come back
-	asking                             atomic.Bool             // MayAdvance has not come back
+	noUnit, late, unknown, invalid, matchPanics atomic.Uint64
+
+	firstUnknown atomic.Pointer[string] // metric to be logged
+	op           atomic.Uint64
+	decoded      atomic.Pointer[decoded] // the last state loaded
+	stray        atomic.Int64            // store calls that have not come back
+	asking       atomic.Bool             // MayAdvance has not come back
 
 	mu          sync.Mutex
 	known       *machine.State // the newest stored state seen; never changed
@@ -94,11 +102,14 @@ type Rollout struct {
 	moved       time.Time       // when an evaluation was last seen
 	storeErr    error           // of the last use of the Store
 	checks      map[string]judge.CheckResult
-	ledgers     []*ledger       // of the epochs that still count, the present one last
-	past        [][2][][]uint64 // outcomes of epochs that no longer count: by ring, cohort and metric
+	readings    map[string]*sourceReading // by metric measured elsewhere
+	causes      map[string]string         // why such metrics have nothing
+	ledgers     []*ledger                 // of the epochs that still count, the present one last
+	past        [][2][][]uint64           // outcomes of epochs that no longer count: by ring, cohort and metric
 	pastCounts  [][2]uint64
-	view        snapKey   // of the present snapshot
-	forced      *snapshot // by a test
+	life        *generation // the present one, or that of the last snapshot that counts
+	view        snapKey     // of the present snapshot
+	forced      *snapshot   // by a test
 	subscribers []*subscriber
 	queue       []Event
 	dropped     uint64
@@ -106,6 +117,8 @@ type Rollout struct {
 
 	// Of the goroutine of Run alone.
 	clock         clock
+	sourced       sourcedClock
+	slotClock     slotClock
 	unknownLogged bool
 	rival         rival
 }
@@ -153,20 +166,28 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	}
 	r.incarnation = strings.ToValidUTF8(replica, "") + "-" + randomText()
 	r.gates = r.policy.allGates()
-	for _, m := range r.policy.allMetrics(r.gates) {
-		r.metrics = append(r.metrics, metricView{ref: m, kind: m.Value().kind, never: r.policy.never(m, r.gates)})
+	all := r.policy.allMetrics(r.gates)
+	sourced, err := sourcedMetrics(all, opts.Sources)
+	if err != nil {
+		return nil, err
 	}
-	plan, err := r.policy.plan(r.gates, r.o.Interval)
+	plan, err := r.policy.plan(r.gates, r.o.Interval, sourced)
 	if err != nil {
 		return nil, fmt.Errorf("rollout: %w", err)
 	}
-	r.plan = plan
+	r.plan, r.readings = plan, map[string]*sourceReading{}
+	for _, m := range all {
+		r.metrics = append(r.metrics, r.metricView(m))
+	}
+	r.guards.silence = !slices.Contains(p.Without, GuardNoOutcome)
+	r.guards.split = !slices.Contains(p.Without, GuardSplit)
+	r.slot.Store(1)
 	r.past = make([][2][][]uint64, len(plan.Rings))
 	r.pastCounts = make([][2]uint64, len(plan.Rings))
 	for i := range r.past {
 		for c := range r.past[i] {
 			for _, m := range r.metrics {
-				r.past[i][c] = append(r.past[i][c], make([]uint64, m.kind.cells()))
+				r.past[i][c] = append(r.past[i][c], make([]uint64, m.cells))
 			}
 		}
 	}
@@ -287,15 +308,19 @@ func (p *Policy) wider(s, t *Stage) bool {
 }
 
 // plan is the policy as the machine sees it.
-func (p *Policy) plan(gates []Gate, interval time.Duration) (*machine.Plan, error) {
+func (p *Policy) plan(gates []Gate, interval time.Duration, sourced map[string]bool) (*machine.Plan, error) {
 	all := specs(gates)
+	for i := range all {
+		all[i].Moments = all[i].Kind.IsScore() && sourced[all[i].Metric]
+	}
+	all = append(all, p.guards()...)
 	plan := &machine.Plan{Version: p.Version, OnDeadline: judge.Action(p.OnDeadline), Tick: interval}
 	for _, r := range p.Rings {
 		plan.Rings = append(plan.Rings, r.Name)
 	}
 	plan.Rings = append(plan.Rings, Everyone)
 	var err error
-	plan.Judge, err = judge.New(all, judge.Risk{FalseRollback: p.FalseRollback, FalsePromotion: p.FalsePromotion}, plan.Rings...)
+	plan.Judge, err = judge.New(all, judge.Risk{FalseRollback: p.FalseRollback, FalsePromotion: p.FalsePromotion, Independent: p.Independent}, plan.Rings...)
 	if err != nil {
 		return nil, err
 	}
@@ -311,8 +336,11 @@ func (p *Policy) plan(gates []Gate, interval time.Duration) (*machine.Plan, erro
 			Proof: p.asksProof(i), Last: i == len(p.Stages)-1, Control: p.hasControl(s),
 			Approval: s.Approval, Irreversible: s.Irreversible,
 		}
-		for _, g := range gates {
+		for _, g := range gates { // the judge's gates begin with the policy's
 			st.Armed = append(st.Armed, armed[g.name])
+		}
+		for range all[len(gates):] {
+			st.Armed = append(st.Armed, true) // guards always are
 		}
 		plan.Stages = append(plan.Stages, st)
 	}
@@ -320,7 +348,7 @@ func (p *Policy) plan(gates []Gate, interval time.Duration) (*machine.Plan, erro
 		plan.Steps = append(plan.Steps, s.Name)
 	}
 	plan.Assignment = digest(p.Salt, plan.Rings, p.Holdback)
-	plan.Policy = digest(plan.Assignment, plan.Stages, all, plan.OnDeadline, p.ProveFrom, p.FalseRollback, p.FalsePromotion, plan.Steps)
+	plan.Policy = digest(plan.Assignment, plan.Stages, all, plan.OnDeadline, p.ProveFrom, p.FalseRollback, p.FalsePromotion, p.Independent, plan.Steps)
 	return plan, nil
 }
 
@@ -346,10 +374,10 @@ func signal(c chan struct{}) {
 }
 
 // unknownMetric counts an observation of a metric the policy does not name; the first is logged.
-func (r *Rollout) unknownMetric(o Observation) {
+func (r *Rollout) unknownMetric(m metricRef) {
 	r.unknown.Add(1)
 	if r.firstUnknown.Load() == nil {
-		name := nameOf(o.m)
+		name := nameOf(m)
 		r.firstUnknown.CompareAndSwap(nil, &name)
 	}
 }

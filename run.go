@@ -71,6 +71,9 @@ func (r *Rollout) Run(ctx context.Context) error {
 			work.Go(func() { r.watchCheck(ctx, g) })
 		}
 	}
+	for name := range r.o.Sources {
+		work.Go(func() { r.watchSource(ctx, name) })
+	}
 	work.Go(func() { r.watch(ctx) })
 	stop := make(chan struct{})
 	var told sync.WaitGroup
@@ -106,6 +109,7 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 	r.clock = clock{stepped: now, stored: now, loaded: now, gen: r.clock.gen, seq: r.clock.seq, doubt: r.clock.doubt}
 	r.mu.Lock()
 	r.checks = map[string]judge.CheckResult{} // old answers prove nothing
+	r.readings = map[string]*sourceReading{}
 	r.mu.Unlock()
 	ticker := time.NewTicker(r.o.Interval)
 	defer ticker.Stop()

@@ -89,7 +89,7 @@ func newVirtual(r *Rollout) *virtual {
 	v := &virtual{r: r, open: make([][][2][]uint64, len(r.plan.Rings)), closed: make([][]time.Duration, len(r.plan.Rings)), fresh: make([]bool, len(r.plan.Rings))}
 	for i := range v.open {
 		for _, m := range r.metrics {
-			v.open[i] = append(v.open[i], [2][]uint64{make([]uint64, m.kind.cells()), make([]uint64, m.kind.cells())})
+			v.open[i] = append(v.open[i], [2][]uint64{make([]uint64, m.cells), make([]uint64, m.cells)})
 			v.closed[i] = append(v.closed[i], 0)
 		}
 	}

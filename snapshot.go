@@ -25,6 +25,7 @@ type snapshot struct {
 	rings   []ringView
 	last    *ringView // of everyone
 	metrics []metricView
+	life    *generation
 	over    *atomic.Bool // its evidence counts no more
 }
 
@@ -35,34 +36,56 @@ type ringView struct {
 	all    bool   // every unit is in, keyed or not
 	closed bool   // the answer is fixed, for every unit
 	index  uint8
-	fixed  bits                 // the answer while closed
-	in     bits                 // the answer for a unit that is in, but for its group
-	out    bits                 // for one that is not
-	back   bits                 // for one that is held back
-	counts *[2]evidence.Counter // decisions, by cohort
+	fixed  bits          // the answer while closed
+	in     bits          // the answer for a unit that is in, but for its group
+	out    bits          // for one that is not
+	back   bits          // for one that is held back
+	slots  [2]*slotTable // by cohort: what was decided and answered, by slot of time
+	met    *bitmap       // the units that came in this generation
 
 	name     string
 	match    func(Unit) bool
 	outcomes [2][]*evidence.Table // by cohort and metric
+	marks    []*marks             // by metric; nil where it has none
+	first    [2]*evidence.Table   // by cohort: units that came for the first time
 }
 
 // metricView is one metric as records see it.
 type metricView struct {
-	ref   metricRef
-	kind  metricKind
-	never bool // an event of the candidate is acted on at once
+	ref    metricRef
+	kind   metricKind
+	never  bool // an event of the candidate is acted on at once
+	marks  int  // thresholds that its outcomes are counted by in groups
+	lo, hi float64
+	cells  int
+	groups int
+	// sourced: its evidence comes from a Source
+	sourced bool
+}
+
+// errorsIndex is the index of Errors among a rollout's metrics.
+const errorsIndex = 0
+
+func (r *Rollout) metricView(m metricRef) metricView {
+	id := m.Value()
+	return metricView{
+		ref: m, kind: id.kind, never: r.policy.never(m, r.gates), marks: len(r.plan.Judge.Marks(id.name)),
+		lo: id.lo, hi: id.hi, cells: id.cells(), groups: id.groups(),
+		sourced: r.o.Sources[id.name] != nil,
+	}
 }
 
 // decide is the answer for a unit; key is the hash of its key.
-func (s *snapshot) decide(u *Unit, key uint64) (*ringView, bits) {
-	v := s.last
+func (s *snapshot) decide(u *Unit, key uint64) (v *ringView, b bits, bucket uint64) {
+	v = s.last
 	if s.asks || len(u.Groups) > 0 {
 		v = s.ringOf(u)
 	}
 	if v.closed || u.Key == "" {
-		return v, v.special()
+		return v, v.special(), 0
 	}
-	return v, v.answer(bucketOf(s.salt, key))
+	bucket = bucketOf(s.salt, key)
+	return v, v.answer(bucket), bucket
 }
 
 // answer is the answer for a bucket. It is written without a branch, because a processor cannot foresee a bucket.
@@ -77,17 +100,21 @@ func (v *ringView) answer(b uint64) bits {
 	return a | bits(b%evidence.Groups)<<groupShift
 }
 
-// decision is decide without counting.
-func (s *snapshot) decision(u *Unit, key uint64) Decision {
-	_, b := s.decide(u, key)
-	return Decision{s, b}
+// decision is decide without counting; slot is that in which it was counted before, if it was.
+func (s *snapshot) decision(u *Unit, key uint64, slot uint32) Decision {
+	_, b, _ := s.decide(u, key)
+	return Decision{s, b, slot}
 }
 
-// counted is decide with counting.
-func (s *snapshot) counted(u *Unit, key uint64) Decision {
-	v, b := s.decide(u, key)
-	s.count(v, b)
-	return Decision{s, b}
+// counted is decide with counting, in the given slot.
+func (s *snapshot) counted(u *Unit, key uint64, slot uint32) Decision {
+	v, b, bucket := s.decide(u, key)
+	if b.cohort() != None && !v.closed {
+		v.count(b, bucket, slot)
+	} else if b.reason() == ReasonNoUnit {
+		s.r.noUnit.Add(1)
+	}
+	return Decision{s, b, slot}
 }
 
 // special is the answer where no bucket is asked for: a ring that is closed, or a unit without a key.
@@ -101,18 +128,14 @@ func (v *ringView) special() bits {
 	return pack(false, None, ReasonNoUnit, int(v.index), 0)
 }
 
-// count counts a decision.
-func (s *snapshot) count(v *ringView, b bits) {
-	if c := b.cohort(); c != None {
-		v.count(b)
-	} else if b.reason() == ReasonNoUnit {
-		s.r.noUnit.Add(1)
+// count counts an answer of cohort Control or Candidate, and the unit if it comes for the first time.
+func (v *ringView) count(b bits, bucket uint64, slot uint32) {
+	c, group, shard := b>>cohortShift&2>>1, b.group(), evidence.Shard()
+	known := v.met.has(bucket) // looked up before the add, which a processor waits for
+	v.slots[c].add(shard, slot, decided, group)
+	if !known && v.met.set(bucket) {
+		v.first[c].Add(shard, group, 0)
 	}
-}
-
-// count counts an answer of cohort Control or Candidate.
-func (v *ringView) count(b bits) {
-	v.counts[b>>cohortShift&2>>1].Inc(evidence.Shard())
 }
 
 // ringOf is the first ring that takes u; the last takes everybody.
@@ -156,7 +179,7 @@ func (r *Rollout) fixedSnapshot(st *machine.State, answer bits) *snapshot {
 	return s
 }
 
-// newSnapshot is the state as decisions see it, with cells of its own.
+// newSnapshot is the state as decisions see it, with cells of its own. It holds r.mu.
 func (r *Rollout) newSnapshot(st *machine.State) *snapshot {
 	everyone := len(r.plan.Rings) - 1
 	switch {
@@ -169,7 +192,7 @@ func (r *Rollout) newSnapshot(st *machine.State) *snapshot {
 	}
 	s := &snapshot{
 		r: r, gen: st.Gen, epoch: st.Epoch, version: st.Version, stage: st.Stage.Name,
-		salt: xxhash.Sum64String(r.policy.Salt), over: &atomic.Bool{}, metrics: r.metrics,
+		salt: xxhash.Sum64String(r.policy.Salt), over: &atomic.Bool{}, metrics: r.metrics, life: r.lifeLocked(st.Gen),
 	}
 	for i, name := range r.plan.Rings {
 		v := ringView{name: name, index: uint8(i)}
@@ -185,7 +208,7 @@ func (r *Rollout) newSnapshot(st *machine.State) *snapshot {
 		case share == 0:
 			v.closed, v.fixed = true, pack(false, None, ReasonOff, i, 0)
 		default:
-			r.open(&v, share)
+			r.open(&v, share, s.life)
 		}
 		s.rings = append(s.rings, v)
 	}
@@ -195,7 +218,7 @@ func (r *Rollout) newSnapshot(st *machine.State) *snapshot {
 }
 
 // open gives a ring with a share its thresholds and its cells.
-func (r *Rollout) open(v *ringView, share Percent) {
+func (r *Rollout) open(v *ringView, share Percent, life *generation) {
 	i := int(v.index)
 	held := r.policy.Holdback.threshold()
 	v.in = pack(true, Candidate, ReasonSplit, i, 0)
@@ -217,10 +240,22 @@ func (r *Rollout) open(v *ringView, share Percent) {
 		v.in = pack(true, Candidate, ReasonFull, i, 0)
 		v.out, v.back, v.all = v.in, v.in, true
 	}
-	v.counts = new([2]evidence.Counter)
+	v.met = &life.met[i]
+	v.marks = make([]*marks, len(r.metrics))
 	for c := range v.outcomes {
-		for _, m := range r.metrics {
-			v.outcomes[c] = append(v.outcomes[c], evidence.NewTable(m.kind.cells(), m.kind == rateKind))
+		for j, m := range r.metrics {
+			layers := 1
+			if j == errorsIndex {
+				layers = slots + 1
+			}
+			v.outcomes[c] = append(v.outcomes[c], evidence.NewLayers(layers, m.cells, m.groups))
+		}
+		v.slots[c] = &slotTable{}
+		v.first[c] = evidence.NewTable(1, slotGroups)
+	}
+	for j, m := range r.metrics {
+		if m.marks > 0 {
+			v.marks[j] = newMarks(m.marks)
 		}
 	}
 }

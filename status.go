@@ -51,6 +51,7 @@ type Status struct {
 	NoUnit  uint64 `json:"noUnit"`  // decisions without a key, in this process
 	Late    uint64 `json:"late"`    // observations that came too late to count, in this process
 	Unknown uint64 `json:"unknown"` // observations of metrics the policy does not name, in this process
+	Invalid uint64 `json:"invalid"` // observations of a Score that were not a number, in this process
 	Panics  uint64 `json:"panics"`  // of Ring.Match, in this process
 	Dropped uint64 `json:"dropped"` // events that subscribers were too slow for, in this process
 }
@@ -85,18 +86,32 @@ type RingStatus struct {
 type GateStatus struct {
 	Name      string   `json:"name"`
 	Metric    string   `json:"metric,omitempty"`
-	Ring      string   `json:"ring,omitempty"` // "": all rings pooled
+	Ring      string   `json:"ring,omitempty"` // that alone is at fault, if it is Unhealthy; "" otherwise
 	Armed     bool     `json:"armed"`          // in the present stage
 	Action    Action   `json:"action"`
 	Verdict   Verdict  `json:"verdict"`
-	Cause     string   `json:"cause,omitempty"`
+	Cause     string   `json:"cause,omitempty"` // of Unhealthy; else why there is nothing new
 	Candidate Estimate `json:"candidate"`
 	Control   Estimate `json:"control"`
-	E         float64  `json:"e"`                 // evidence against the candidate; 1 is none
-	NeedE     float64  `json:"needE"`             // the E at which this gate alone is broken; 0 for a Check or Never
-	Proof     float64  `json:"proof"`             // evidence for the candidate in this stage; 1 is none
-	NeedProof float64  `json:"needProof"`         // the Proof at which the gate is Healthy; 0 for what cannot be proven
-	Missing   string   `json:"missing,omitempty"` // what it waits for
+	// Difference is how much worse the candidate is than the control.
+	Difference Interval `json:"difference,omitzero"`
+	// Summary says the same in a sentence.
+	Summary   string  `json:"summary,omitempty"`
+	E         float64 `json:"e"`                 // evidence against the candidate; 1 is none
+	NeedE     float64 `json:"needE"`             // the E at which this gate alone is broken; 0 for a Check or Never
+	Proof     float64 `json:"proof"`             // evidence for the candidate in this stage; 1 is none
+	NeedProof float64 `json:"needProof"`         // the Proof at which the gate is Healthy; 0 for what cannot be proven
+	Missing   string  `json:"missing,omitempty"` // what it waits for
+}
+
+// Interval is where a difference is likely to be: candidate less control, above zero is worse, in parts of one for a rate
+// or for a timing's outcomes beyond the gate's threshold, in its own units for a score. Of an absolute gate, such as
+// AtMost, it is the candidate's own level. At all looks together it misses the true average in at most one rollout of
+// twenty, for outcomes of units that come once; it is widened for units that come back. The zero value is not known.
+type Interval struct {
+	Low   float64 `json:"low"`
+	High  float64 `json:"high"`
+	Known bool    `json:"known"`
 }
 
 // StepStatus is one rollback step.
@@ -113,10 +128,23 @@ type Estimate struct {
 	Events   uint64        `json:"events"`             // bad ones; of a timing, those over the gate's threshold
 	Rate     float64       `json:"rate"`               // Events/N; 0 while N is 0
 	Quantile time.Duration `json:"quantile,omitempty"` // of a timing: the gate's quantile lately
+	Mean     float64       `json:"mean,omitempty"`     // of a score; 0 while N is 0
+	// Mix is how many outcomes of a mix had each label. It is not to be changed.
+	Mix map[string]uint64 `json:"mix,omitempty"`
 }
 
-func estimate(e judge.Estimate) Estimate {
-	return Estimate{N: e.N, Events: e.Events, Rate: e.Rate, Quantile: e.Quantile}
+// estimate is e of a gate, found by its name.
+func (r *Rollout) estimate(gate string, e judge.Estimate) Estimate {
+	public := Estimate{N: e.N, Events: e.Events, Rate: e.Rate, Quantile: e.Quantile, Mean: e.Mean}
+	for _, s := range r.plan.Judge.Specs() {
+		if s.Name == gate && len(e.Mix) == len(s.Labels) && len(e.Mix) > 0 {
+			public.Mix = map[string]uint64{}
+			for i, label := range s.Labels {
+				public.Mix[label] = e.Mix[i]
+			}
+		}
+	}
+	return public
 }
 
 // Status is a pure read: it changes nothing and waits for nothing but other readers.
@@ -125,11 +153,11 @@ func (r *Rollout) Status() Status {
 		return Status{}
 	}
 	r.mu.Lock()
-	st, checks, err := r.known, r.checks, r.storeErr
+	st, checks, causes, err := r.known, r.checks, r.causes, r.storeErr
 	s := Status{
 		Name: r.name, Version: r.plan.Version, Loaded: st != nil, Passive: r.standing != machine.Current,
 		Running: r.running.Load(), Shared: r.shared,
-		NoUnit: r.noUnit.Load(), Late: r.late.Load(), Unknown: r.unknown.Load(), Panics: r.matchPanics.Load(), Dropped: r.dropped,
+		NoUnit: r.noUnit.Load(), Late: r.late.Load(), Unknown: r.unknown.Load(), Invalid: r.invalid.Load(), Panics: r.matchPanics.Load(), Dropped: r.dropped,
 	}
 	latched := st != nil && r.latchedLocked(st)
 	decided := r.decidedLocked()
@@ -177,8 +205,12 @@ func (r *Rollout) Status() Status {
 		gate := GateStatus{
 			Name: res.Spec.Name, Metric: res.Spec.Metric, Action: Action(res.Action), Verdict: Verdict(res.Verdict),
 			Armed: stage != nil && stage.Armed[g], Cause: res.Cause, Missing: res.Missing,
-			Candidate: estimate(res.Candidate), Control: estimate(res.Control),
+			Candidate: r.estimate(res.Spec.Name, res.Candidate), Control: r.estimate(res.Spec.Name, res.Control),
+			Difference: Interval{res.Lo, res.Hi, res.Bounded}, Summary: res.Summary, Ring: res.Ring,
 			E: res.E, NeedE: res.NeedE, Proof: res.ProofE, NeedProof: res.NeedProof,
+		}
+		if cause := causes[gate.Metric]; cause != "" && gate.Verdict == Inconclusive {
+			gate.Cause = cause
 		}
 		s.Gates = append(s.Gates, gate)
 	}

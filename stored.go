@@ -255,6 +255,7 @@ func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []
 			r.latch[st.Gen] = true
 		}
 		r.publishLocked()
+		r.markLocked(st)
 	}
 	r.mu.Unlock()
 	for _, e := range events {

@@ -20,7 +20,7 @@ const (
 	keyCohort  = "feature_flag.result.variant" // candidate or control
 	keyRing    = "rollout.ring"
 	keyMetric  = "rollout.metric"
-	keyOutcome = "rollout.outcome" // good or bad; of a rate
+	keyOutcome = "rollout.outcome" // of a rate good or bad, of a mix the label
 	keyReason  = "rollout.reason"
 	keyState   = "rollout.state"
 	keyGate    = "rollout.gate"
@@ -29,7 +29,8 @@ const (
 // instruments are what a rollout reports to OpenTelemetry while Run runs, each of them by feature_flag.key:
 //
 //	rollout.decisions      counter, {decision}  keyed decisions of this process, by ring and cohort
-//	rollout.outcomes       counter, {outcome}   outcomes of them, by ring, cohort and metric; of a rate also good or bad
+//	rollout.outcomes       counter, {outcome}   outcomes of them, by ring, cohort and metric; of a rate also good
+//	                                            or bad, of a mix also the label
 //	rollout.dropped        counter, {item}      what did not count, by reason
 //	rollout.share          gauge, %             share of each ring that gets the candidate, Holdback aside
 //	rollout.stage          gauge, {stage}       index of the present stage, from 0; absent before the first
@@ -69,9 +70,9 @@ func (r *Rollout) register() (unregister func(), err error) {
 	in.decisions, errs[0] = m.Int64ObservableCounter("rollout.decisions", metric.WithUnit("{decision}"),
 		metric.WithDescription("Decisions of this process, by ring and cohort."))
 	in.outcomes, errs[1] = m.Int64ObservableCounter("rollout.outcomes", metric.WithUnit("{outcome}"),
-		metric.WithDescription("Outcomes of this process's decisions, by ring, cohort and metric; of a rate also by whether they were bad."))
+		metric.WithDescription("Outcomes of this process's decisions, by ring, cohort and metric; of a rate also by whether they were bad, of a mix by label."))
 	in.dropped, errs[2] = m.Int64ObservableCounter("rollout.dropped", metric.WithUnit("{item}"),
-		metric.WithDescription("What did not count: decisions without a unit, late and unknown observations, events for slow subscribers."))
+		metric.WithDescription("What did not count: decisions without a unit, late, unknown and invalid observations, events for slow subscribers."))
 	in.share, errs[3] = m.Float64ObservableGauge("rollout.share", metric.WithUnit("%"),
 		metric.WithDescription("Share of a ring that gets the candidate."))
 	in.stage, errs[4] = m.Int64ObservableGauge("rollout.stage", metric.WithUnit("{stage}"),
@@ -107,7 +108,7 @@ func (r *Rollout) observe(o metric.Observer, in *instruments) {
 		o.ObserveInt64(in.decisions, int64(ring.Candidate), r.attributes(name, cohort(Candidate)))
 	}
 	r.observeOutcomes(o, in)
-	for reason, n := range map[string]uint64{"no unit": st.NoUnit, "late": st.Late, "unknown metric": st.Unknown, "slow subscriber": st.Dropped} {
+	for reason, n := range map[string]uint64{"no unit": st.NoUnit, "late": st.Late, "unknown metric": st.Unknown, "invalid": st.Invalid, "slow subscriber": st.Dropped} {
 		o.ObserveInt64(in.dropped, int64(n), r.attributes(attribute.String(keyReason, reason)))
 	}
 	for i, name := range stateNames {
@@ -139,12 +140,17 @@ func (r *Rollout) observeOutcomes(o metric.Observer, in *instruments) {
 					o.ObserveInt64(in.outcomes, int64(n), r.attributes(append(more,
 						attribute.String(keyRing, ring), cohort(Control+Cohort(c)), attribute.String(keyMetric, nameOf(m.ref)))...))
 				}
-				if m.kind != rateKind {
+				switch m.kind {
+				case rateKind:
+					observe(cells[0], attribute.String(keyOutcome, "good"))
+					observe(cells[1], attribute.String(keyOutcome, "bad"))
+				case mixKind:
+					for k, label := range splitLabels(m.ref.Value().labels) {
+						observe(cells[k], attribute.String(keyOutcome, label))
+					}
+				default:
 					observe(sum(cells))
-					continue
 				}
-				observe(cells[0], attribute.String(keyOutcome, "good"))
-				observe(cells[1], attribute.String(keyOutcome, "bad"))
 			}
 		}
 	}

@@ -19,6 +19,7 @@ func (p Policy) Validate() error {
 	v.rings()
 	v.gates()
 	v.metrics()
+	v.guards()
 	v.stages(p)
 	v.proofs()
 	v.steps()
@@ -121,16 +122,16 @@ func (v *validator) gates() {
 
 // metrics finds different metrics of one name: their evidence could not be told apart.
 func (v *validator) metrics() {
-	kinds := map[string]metricKind{"errors": rateKind, "latency": timingKind}
+	known := map[string]metricID{"errors": Errors.m.Value(), "latency": Latency.m.Value()}
 	see := func(where string, m metricRef) {
 		if m == (metricRef{}) {
 			return
 		}
 		id := m.Value()
-		if k, ok := kinds[id.name]; ok && k != id.kind {
-			v.bad("%s: the metric %q is a %v here and a %v elsewhere", where, id.name, id.kind, k)
+		if other, ok := known[id.name]; ok && other != id && len(id.problems()) == 0 {
+			v.bad("%s: the metric %q is a %v here and a %v elsewhere", where, id.name, id, other)
 		}
-		kinds[id.name] = id.kind
+		known[id.name] = id
 	}
 	for _, g := range v.p.Gates {
 		see("gate "+g.name, g.metric)
@@ -143,13 +144,49 @@ func (v *validator) metrics() {
 	for i, m := range v.p.Metrics {
 		where := fmt.Sprintf("Policy.Metrics[%d]", i)
 		if m == nil || reflect.ValueOf(m).Kind() == reflect.Pointer || m.ref() == (metricRef{}) {
-			v.bad("%s: nil, a pointer or the zero value; make metrics with NewRate or NewTiming", where)
+			v.bad("%s: nil, a pointer or the zero value; make metrics with NewRate, NewTiming, NewScore or NewMix", where)
 			continue
 		}
-		if !ringName.MatchString(m.Name()) {
-			v.bad("%s: the name %q must match %s", where, m.Name(), ringName)
+		id := m.ref().Value()
+		for _, problem := range append(id.misnamed(), id.problems()...) {
+			v.bad("%s %s: %s", where, id.name, problem)
 		}
 		see(where, m.ref())
+	}
+	v.marks()
+}
+
+// marks finds timings with more thresholds than the groups of their outcomes can be counted by.
+func (v *validator) marks() {
+	marks := map[metricRef]map[mark]bool{}
+	for _, g := range v.p.allGates() {
+		for _, m := range g.marks() {
+			if marks[g.metric] == nil {
+				marks[g.metric] = map[mark]bool{}
+			}
+			marks[g.metric][m] = true
+		}
+	}
+	told := map[metricRef]bool{}
+	for _, g := range v.p.allGates() {
+		if n := len(marks[g.metric]); n > judge.MaxMarks && !told[g.metric] {
+			told[g.metric] = true
+			v.bad("the gates of %q compare it at %d points; %d are the most (NoWorse takes 2, others of a quantile 1 each, equal ones together 1)", nameOf(g.metric), n, judge.MaxMarks)
+		}
+	}
+}
+
+// guards finds names in Without that are no guard's.
+func (v *validator) guards() {
+	seen := map[string]bool{}
+	for i, name := range v.p.Without {
+		switch {
+		case name != GuardNoOutcome && name != GuardSplit:
+			v.bad("Policy.Without[%d]: %.100q is no guard; %q and %q are", i, name, GuardNoOutcome, GuardSplit)
+		case seen[name]:
+			v.bad("Policy.Without[%d]: %q is named twice", i, name)
+		}
+		seen[name] = true
 	}
 }
 
@@ -235,7 +272,7 @@ func (v *validator) proofs() {
 		for _, g := range v.p.armed(s) {
 			spec := byName[g.name]
 			absolute = absolute || spec.Absolute() && spec.Action != judge.Report
-			proves = proves || spec.CanProve() && (control || spec.Absolute())
+			proves = proves || spec.CanProve() && !g.isGuard() && (control || spec.Absolute())
 		}
 		if !control && !absolute {
 			v.bad("Policy.Stages[%d] %q: 100 %% of %q without a Holdback leaves no control, and no gate without need of one (AtMost, Never, Check) is armed: it would be blind", i, s.Name, s.Ring)

@@ -9,8 +9,8 @@ const (
 	// Shards is how many copies of every cell there are, so that cores which record at the same time seldom share a
 	// cache line.
 	Shards = 8
-	// Groups is how many groups of units a sharded cell is split into, by the lowest six bits of the unit's bucket.
-	// Exposure uses the highest bits, so every group holds both cohorts.
+	// Groups is the most groups of units a cell is split into, by the lowest six bits of the unit's bucket. Exposure uses
+	// the highest bits, so every group holds both cohorts.
 	Groups = 64
 
 	line = 128 / 8 // words in two cache lines: adjacent lines are prefetched in pairs
@@ -28,63 +28,65 @@ func Shard() uint64 {
 // into. Every observation is one atomic add to one cell, so the number of observations is the sum of the cells and a
 // reader never sees more events than observations. It may be used from any number of goroutines.
 type Table struct {
-	width  int // cells
-	groups int // 1 or Groups
-	stride int // words a shard, padded
+	width  int    // cells
+	groups int    // a power of two
+	mask   uint64 // groups - 1
+	layer  int    // words a layer
+	stride int    // words a shard, padded
 	words  []atomic.Uint64
 }
 
-// NewTable returns a table of width cells, split by shard and, if grouped, by group of units as well.
-func NewTable(width int, grouped bool) *Table {
-	t := &Table{width: width, groups: 1}
-	if grouped {
-		t.groups = Groups
-	}
-	t.stride = (width*t.groups+line-1)/line*line + line
+// NewTable returns a table of width cells, split by shard and into groups of units: 1, or another power of two up to
+// [Groups].
+func NewTable(width, groups int) *Table { return NewLayers(1, width, groups) }
+
+// NewLayers returns a table that is split into layers as well.
+func NewLayers(layers, width, groups int) *Table {
+	t := &Table{width: width, groups: groups, mask: uint64(groups - 1), layer: width * groups}
+	t.stride = (layers*t.layer+line-1)/line*line + line
 	t.words = make([]atomic.Uint64, Shards*t.stride)
 	return t
 }
 
-// Add counts one observation in cell, of a unit of the given group. The group is ignored by a table that is not grouped.
+// Add counts one observation in cell, of a unit of the given group, whose lowest bits count.
 func (t *Table) Add(shard, group uint64, cell int) {
-	i := int(shard)*t.stride + cell
-	if t.groups > 1 {
-		i += int(group%Groups) * t.width
-	}
-	t.words[i].Add(1)
+	t.words[int(shard)*t.stride+int(group&t.mask)*t.width+cell].Add(1)
+}
+
+// AddIn is Add in the given layer, from 0.
+func (t *Table) AddIn(layer int, shard, group uint64, cell int) {
+	t.words[int(shard)*t.stride+layer*t.layer+int(group&t.mask)*t.width+cell].Add(1)
 }
 
 // Width is the number of cells.
 func (t *Table) Width() int { return t.width }
 
-// AddTo adds the present totals, summed over shards and groups, to dst, which must have length [Table.Width].
+// Groups is the number of groups.
+func (t *Table) Groups() int { return t.groups }
+
+// AddTo adds the present totals, summed over shards, layers and groups, to dst, which must have length [Table.Width].
 func (t *Table) AddTo(dst []uint64) {
+	t.each(0, t.stride-line, func(k int, n uint64) { dst[k%t.width] += n })
+}
+
+// AddGroupsTo adds the present totals, summed over shards and layers, to dst, group after group. It must have room for
+// the cells of every group.
+func (t *Table) AddGroupsTo(dst []uint64) {
+	t.each(0, t.stride-line, func(k int, n uint64) { dst[k%t.layer] += n })
+}
+
+// AddLayerTo is AddGroupsTo of one layer.
+func (t *Table) AddLayerTo(dst []uint64, layer int) {
+	t.each(layer*t.layer, (layer+1)*t.layer, func(k int, n uint64) { dst[k%t.layer] += n })
+}
+
+// each calls f with the words from one index to another of every shard that are not zero.
+func (t *Table) each(from, to int, f func(k int, n uint64)) {
 	for s := range Shards {
-		for g := range t.groups {
-			row := t.words[s*t.stride+g*t.width:]
-			for c := range t.width {
-				dst[c] += row[c].Load()
+		for k := from; k < to; k++ {
+			if n := t.words[s*t.stride+k].Load(); n > 0 {
+				f(k, n)
 			}
 		}
 	}
-}
-
-// Counter is one count, split by shard. The zero value is ready. It may be used from any number of goroutines.
-type Counter struct {
-	shards [Shards]struct {
-		n atomic.Uint64
-		_ [line - 1]uint64
-	}
-}
-
-// Inc counts one more.
-func (c *Counter) Inc(shard uint64) { c.shards[shard%Shards].n.Add(1) }
-
-// Total is the present count.
-func (c *Counter) Total() uint64 {
-	var n uint64
-	for i := range c.shards {
-		n += c.shards[i].n.Load()
-	}
-	return n
 }

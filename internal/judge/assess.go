@@ -60,6 +60,10 @@ func (j *Judge) assess(st *State, g *gate, s *Gate) Result {
 	r.Candidate, r.Control = g.estimates(st, s)
 	if g.weight > 0 {
 		r.Lo, r.Hi, r.Bounded = s.interval(j.spread(st, g, s))
+		r.Summary = g.summary(st, s, r)
+		if g.Kind.IsScore() {
+			r.Lo, r.Hi = g.units(r.Lo, r.Hi)
+		}
 	}
 	if r.Verdict == Inconclusive {
 		r.Missing = g.missing(st, s)
@@ -88,7 +92,7 @@ func (g *gate) estimates(st *State, s *Gate) (candidate, control Estimate) {
 	switch {
 	case g.Kind.timing():
 		candidate.Quantile, control.Quantile = g.quantiles(st)
-	case g.Kind.score():
+	case g.Kind.IsScore():
 		candidate, control = Estimate{N: c.N}, Estimate{N: m.N}
 		if c.N > 0 {
 			candidate.Mean = g.score(c)

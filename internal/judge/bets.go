@@ -54,7 +54,7 @@ func (b *bet) prior() evalue.Prior {
 // look is what of the groups' totals the bet is about.
 func (b *bet) look(kind Kind) look {
 	switch {
-	case kind.score():
+	case kind.IsScore():
 		return look{sum: 1, square: 2, scale: 1. / (ScoreCells - 1)}
 	case kind.mix():
 		return look{all: true}
@@ -195,7 +195,7 @@ func (b *bet) prepare(at *place, kind Kind, mem *Memory, c *counts) bool {
 			return false
 		}
 		at.c0 = mem.part(at.in)
-	case kind.score():
+	case kind.IsScore():
 		at.c0, known = mem.mean(1. / (ScoreCells - 1))
 	default:
 		at.c0, known = mem.mean(1)
@@ -227,7 +227,7 @@ func (b *bet) row(l *evalue.Logs, at *place, kind Kind, blk *Block, c *counts, r
 		k := len(candidate)
 		b.change.Logs(l, candidate, control, at.q[:k], at.s[:k], at.both[:k])
 		return sum(candidate) > 0 && sum(control) > 0
-	case kind.score():
+	case kind.IsScore():
 		b.diff.LogsCells(l, candidate, control, at.c0)
 		return sum(candidate) > 0 && sum(control) > 0
 	}
@@ -359,7 +359,7 @@ func (m *Memory) remember(b *Block, kind Kind, marks int, c *counts) {
 	case b.Moments != [2]Moments{}:
 		x, y := b.Moments[0].tally(), b.Moments[1].tally()
 		m.rate(x.N, x.X, y.N, y.X)
-	case kind.score():
+	case kind.IsScore():
 		m.rate(sum(b.Candidate), points(b.Candidate), sum(b.Control), points(b.Control))
 	default:
 		m.rate(sum(b.Candidate), event(b.Candidate), sum(b.Control), event(b.Control))
@@ -377,7 +377,7 @@ func (m *Memory) group(arm int, by []uint64, kind Kind, marks int) {
 	switch {
 	case kind.timing():
 		width, out = MarkCells(marks), 1+marks
-	case kind.score():
+	case kind.IsScore():
 		width, out = ScoreCells, 3
 	case kind.mix():
 		width = len(m.Mix[arm])
@@ -404,7 +404,7 @@ func (m *Memory) group(arm int, by []uint64, kind Kind, marks int) {
 					g.add(groups, out, group, 1+bit, n)
 				}
 			}
-		case kind.score():
+		case kind.IsScore():
 			g.add(groups, out, group, 1, times(n, uint64(cell)))
 			g.add(groups, out, group, 2, times(n, uint64(cell*cell)))
 		case kind.mix():
@@ -444,15 +444,17 @@ func times(a, b uint64) uint64 {
 func (k Kind) timing() bool {
 	return k == QuantileWithinFactor || k == QuantileAtMost || k == TimingNoWorse
 }
-func (k Kind) score() bool { return k == ScoreWithin || k == ScoreAtLeast || k == ScoreNoWorse }
-func (k Kind) mix() bool   { return k == MixWithin || k == MixNoChange }
+
+// IsScore reports whether the gate is of a Score.
+func (k Kind) IsScore() bool { return k == ScoreWithin || k == ScoreAtLeast || k == ScoreNoWorse }
+func (k Kind) mix() bool     { return k == MixWithin || k == MixNoChange }
 
 // width is how many cells a block of the gate has.
 func (s *Spec) width() int {
 	switch {
 	case s.Kind.timing():
 		return evidence.Cells
-	case s.Kind.score():
+	case s.Kind.IsScore():
 		return ScoreCells
 	case s.Kind.mix():
 		return len(s.Labels)

@@ -25,7 +25,7 @@ func (g *gate) tally(p *Part, mem *Memory, b *Block, c *counts) {
 		p.Candidate.join(b.Moments[0].tally())
 		p.Control.join(b.Moments[1].tally())
 		return
-	case g.Kind.score():
+	case g.Kind.IsScore():
 		p.bounds(g,
 			evalue.Arm{N: float64(sum(b.Candidate)), S: float64(points(b.Candidate)) * unit, S2: float64(squares(b.Candidate)) * unit * unit},
 			evalue.Arm{N: float64(sum(b.Control)), S: float64(points(b.Control)) * unit, S2: float64(squares(b.Control)) * unit * unit}, unit)
@@ -127,6 +127,85 @@ func (g *gate) cause(s *Gate) string {
 	return ""
 }
 
+// units turns an interval of a Score's badness into its own units: of a
+// difference how much worse, of an absolute gate the level.
+func (g *gate) units(lo, hi float64) (float64, float64) {
+	width := g.Hi - g.Lo
+	if g.Absolute() {
+		return g.Hi - hi*width, g.Hi - lo*width
+	}
+	return lo * width, hi * width
+}
+
+// summary is a sentence on how the cohorts compare, decided or not.
+func (g *gate) summary(st *State, s *Gate, r Result) string {
+	c, m := s.tallies()
+	if c.N == 0 || !g.Absolute() && m.N == 0 {
+		return ""
+	}
+	after := ", after " + grouped(c.N) + " outcomes"
+	points := func(lo, hi float64) string {
+		switch {
+		case !r.Bounded:
+			return ""
+		case g.Absolute():
+			return fmt.Sprintf(", between %s and %s %% at all looks", short(100*max(lo, 0)), short(100*min(hi, 1)))
+		}
+		return fmt.Sprintf(", between %s and %s points worse at all looks", short(100*max(lo, -1)), short(100*min(hi, 1)))
+	}
+	switch {
+	case g.Kind == Split:
+		return fmt.Sprintf("%s: %s units in the candidate, %s in the control", g.Metric, grouped(c.N), grouped(m.N))
+	case g.Kind.mix():
+		return fmt.Sprintf("%s: the mixes differ by %s%s", g.Metric, short(distance(r.Candidate.Mix, r.Control.Mix)), after)
+	case g.Kind.IsScore():
+		text := fmt.Sprintf("%s: %s", g.Metric, short(r.Candidate.Mean))
+		if !g.Absolute() {
+			text += " against " + short(r.Control.Mean)
+		}
+		if r.Bounded {
+			lo, hi := g.units(r.Lo, r.Hi)
+			if g.Absolute() {
+				text += fmt.Sprintf(", between %s and %s at all looks", short(max(lo, g.Lo)), short(min(hi, g.Hi)))
+			} else {
+				text += fmt.Sprintf(", between %s and %s worse at all looks", short(lo), short(hi))
+			}
+		}
+		return text + after
+	case g.Kind.timing():
+		text := fmt.Sprintf("%s: the %s-quantile is %v", g.Metric, short(g.quantile()), r.Candidate.Quantile.Round(10*time.Microsecond))
+		if !g.Absolute() {
+			text += fmt.Sprintf(" against %v; beyond the threshold are %s against %s", r.Control.Quantile.Round(10*time.Microsecond), c, m)
+		} else {
+			text += fmt.Sprintf("; beyond the limit are %s", c)
+		}
+		return text + points(r.Lo, r.Hi) + after
+	case g.Absolute():
+		return fmt.Sprintf("%s: %s%s%s", g.Metric, c, points(r.Lo, r.Hi), after)
+	}
+	return fmt.Sprintf("%s: %s against %s%s%s", g.Metric, c, m, points(r.Lo, r.Hi), after)
+}
+
+// distance is the total variation distance of two mixes.
+func distance(a, b []uint64) float64 {
+	n, m, d := float64(sum(a)), float64(sum(b)), 0.
+	if n == 0 || m == 0 {
+		return 0
+	}
+	for i := range a {
+		d += max(0, float64(a[i])/n-float64(b[i])/m)
+	}
+	return d
+}
+
+// quantile is the quantile that a timing's gate is shown by.
+func (g *gate) quantile() float64 {
+	if g.Kind == TimingNoWorse {
+		return .99
+	}
+	return g.Quantile
+}
+
 // score is the mean of a Score in its own units.
 func (g *gate) score(t Tally) float64 {
 	if t.N == 0 {
@@ -190,10 +269,7 @@ func (g *gate) missing(st *State, s *Gate) string {
 
 // quantiles are the gate's quantile of either cohort lately, in every ring.
 func (g *gate) quantiles(st *State) (candidate, control time.Duration) {
-	q := g.Quantile
-	if g.Kind == TimingNoWorse {
-		q = .99
-	}
+	q := g.quantile()
 	var c, m []*Histogram
 	for _, ring := range sortedKeys(st.Memory[g.Metric]) {
 		mem := st.Memory[g.Metric][ring]

@@ -120,7 +120,7 @@ func (j *Judge) split() bool { return len(j.rings) > 1 }
 func newGate(s Spec) (gate, error) {
 	g := gate{Spec: s, group: s.group()}
 	g.of = fmt.Sprint(s.Metric, " ", s.Kind, " ", s.Margin, " ", s.Factor, " ", s.Quantile, " ", int64(s.Limit))
-	if s.Kind.score() || s.Kind.mix() {
+	if s.Kind.IsScore() || s.Kind.mix() {
 		g.of += fmt.Sprint(" ", s.Lo, " ", s.Hi, " ", len(s.Labels), " ", s.Moments)
 	}
 	if s.Action == Default || s.Action > Report {
@@ -191,7 +191,7 @@ func newGate(s Spec) (gate, error) {
 	case ScoreNoWorse:
 		g.rollback = []bet{{diff: evalue.ScoreWorse()}}
 	}
-	if s.Moments && s.Kind.score() {
+	if s.Moments && s.Kind.IsScore() {
 		alone := s.Kind == ScoreAtLeast
 		g.rollback = []bet{{moments: evalue.NewBernstein(s.Margin, false, alone)}}
 		g.proof = []bet{{moments: evalue.NewBernstein(s.Margin, true, alone)}}

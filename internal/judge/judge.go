@@ -219,6 +219,7 @@ type Result struct {
 	// together, if Bounded.
 	Lo, Hi  float64
 	Bounded bool
+	Summary string // the estimates and the difference in a sentence
 
 	Candidate, Control Estimate
 	Missing            string // what the gate still waits for, "" if only for more evidence

@@ -24,6 +24,8 @@ const (
 	MaxNotes    = 32
 	MaxNote     = 1024 // bytes of one note or cause
 	MaxBytes    = 900 << 10
+
+	MaxRationales = 16 << 10 // bytes of an incident's rationales together
 )
 
 // Phase is where a rollout is. The zero value is Pending.
@@ -107,6 +109,7 @@ type State struct {
 	StepBack map[string]int `json:"stepBack,omitempty"` // how often the stage of that name was stepped back to
 
 	Cursors map[string]Cursor `json:"cursors,omitempty"` // evidence consumed, by incarnation
+	Sources map[string]Totals `json:"sources,omitempty"` // evidence consumed of metrics measured elsewhere, by metric and ring
 
 	Gates    judge.State `json:"gates"`
 	Reported []string    `json:"reported,omitempty"` // gates that only report and have
@@ -130,6 +133,13 @@ type State struct {
 type Cursor struct {
 	Seq   uint64 `json:"seq"`   // of its last cut
 	Round uint64 `json:"round"` // in which it last moved
+}
+
+// Totals are the cumulative values of a source up to which they were consumed, of the control and of the candidate. What
+// came in between two epochs belongs to neither.
+type Totals struct {
+	Epoch  uint64       `json:"epoch"`
+	Values [2][]float64 `json:"values"`
 }
 
 // keepCursors is how many rounds a cursor that does not move is kept.
@@ -219,6 +229,8 @@ type Incident struct {
 	Control   judge.Estimate `json:"control"`
 	E         float64        `json:"e,omitempty"`
 	NeedE     float64        `json:"needE,omitempty"`
+
+	Rationales []string `json:"rationales,omitempty"` // of the candidate's observations of Metric
 }
 
 // Clone is a deep copy.
@@ -229,6 +241,7 @@ func (s *State) Clone() *State {
 	c.Rings = slices.Clone(s.Rings)
 	c.StepBack = maps.Clone(s.StepBack)
 	c.Cursors = maps.Clone(s.Cursors)
+	c.Sources = maps.Clone(s.Sources) // the values inside never change
 	c.Gates = s.Gates.Clone()
 	c.Reported, c.Acted = slices.Clone(s.Reported), slices.Clone(s.Acted)
 	c.Steps = slices.Clone(s.Steps)
@@ -240,6 +253,7 @@ func (s *State) Clone() *State {
 	}
 	if s.Incident != nil {
 		i := *s.Incident
+		i.Rationales = slices.Clone(i.Rationales)
 		c.Incident = &i
 	}
 	return &c

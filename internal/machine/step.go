@@ -66,7 +66,9 @@ type Input struct {
 	Outcomes   []string      // rings in which candidate outcomes of the present epoch arrived since the last step
 	Breaches   []Breach      // each given once
 	Checks     map[string]judge.CheckResult
-	MayAdvance bool // no share is raised otherwise
+	Rationales map[string][]string // of the candidate's observations, by metric: for the incident of a broken gate
+	MayAdvance bool                // no share is raised otherwise
+	Sources    map[string]Totals   // where the sources' totals are once Blocks are consumed; nil: as before
 }
 
 // New is the state of a rollout that nothing has happened to.
@@ -81,8 +83,11 @@ func New(name string, p *Plan, nonce string) *State {
 // Step is one evaluation: it consumes the blocks, judges, and moves the state as far as the verdicts and the time allow,
 // a rollback before any promotion.
 func Step(s *State, p *Plan, in Input) []Event {
-	m := move{State: s, p: p, now: in.Now}
+	m := move{State: s, p: p, now: in.Now, rationales: in.Rationales}
 	s.Round++
+	if in.Sources != nil {
+		s.Sources = in.Sources
+	}
 	switch s.Phase {
 	case Pending:
 		if !in.MayAdvance {
@@ -128,6 +133,8 @@ type move struct {
 	p      *Plan
 	now    time.Time
 	events []Event
+
+	rationales map[string][]string // Input's; verbs have none
 }
 
 func (m *move) event(e Event) {
@@ -335,6 +342,13 @@ func (m *move) incident(r *judge.Result, note string) *Incident {
 		in.Gate, in.Metric = r.Spec.Name, r.Spec.Metric
 		in.Candidate, in.Control, in.E, in.NeedE = r.Candidate, r.Control, r.E, r.NeedE
 		in.Note = clip(r.Cause)
+		room := MaxRationales
+		for _, why := range m.rationales[in.Metric] {
+			if room -= len(why); room < 0 {
+				break
+			}
+			in.Rationales = append(in.Rationales, why)
+		}
 	}
 	return in
 }

@@ -11,6 +11,7 @@ package main
 import (
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"regexp"
 	"strings"
@@ -23,6 +24,15 @@ type config struct {
 	seed  uint64
 	short bool // for a test: fewer cases and ticks
 	cells *regexp.Regexp
+}
+
+// slack is by how much the median of so many runs may miss the true one: two standard errors of what is about
+// exponentially distributed. A full table has none to give.
+func (c *config) slack() float64 {
+	if !c.short {
+		return 1
+	}
+	return 1 + 2/math.Sqrt(float64(c.runs))
 }
 
 // few is how many runs a median takes.

@@ -112,7 +112,7 @@ func drift(c *config) table {
 		for i, share := range []float64{.01, .05, .25, .5} {
 			each = append(each, rates(base[i], base[i], share, 1000))
 		}
-		return phases(180, each...)
+		return phases(c.ticks(720)/4, each...)
 	}
 	for _, k := range []struct {
 		name  string
@@ -123,7 +123,7 @@ func drift(c *config) table {
 		{"1 → 5 → 25 → 50 % while it falls from 2 to 0.5 %", ramp(.02, .015, .01, .005), 720},
 		{"a base that walks at random, incidents × 20 in both cohorts, six shares, 10 to 1,000 a tick", stress(), 720},
 	} {
-		plain, corrected := c.both(alone(noWorse, k.make, k.ticks), c.runs)
+		plain, corrected := c.both(alone(noWorse, k.make, c.ticks(k.ticks)), c.runs)
 		t.add(worst(plain.rate, corrected.rate) <= most(alpha, c.runs), k.name, rate(plain), rate(corrected))
 	}
 	return t
@@ -210,10 +210,10 @@ func detection(c *config) table {
 		}
 		ticks := hours2 * 2
 		plain, corrected := c.both(alone(k.spec, k.make, ticks), c.runs)
-		ok := plain.median <= k.most*k.bound
+		ok := plain.median <= k.most*k.bound*c.slack()
 		must, of, of2, b := fmt.Sprintf("≤ %g", k.most), ratio(plain.median, k.bound), ratio(corrected.median, k.bound), fmt.Sprintf("%.0f", k.bound)
 		if k.most == 0 {
-			ok, must, of, of2, b = plain.p90 <= k.p90, fmt.Sprintf("9 of 10 ≤ %.0f", k.p90), "", "", ""
+			ok, must, of, of2, b = plain.p90 <= k.p90*c.slack(), fmt.Sprintf("9 of 10 ≤ %.0f", k.p90), "", "", ""
 		}
 		t.add(ok, k.name, k.what, percent(k.share), b, delay(plain), of, must, delay(corrected), of2)
 	}
@@ -244,7 +244,7 @@ func late(c *config) table {
 			make: []maker{phases(k.onset, rates(.01, .01, share, 1000), rates(.02, .01, share, 1000))},
 		}
 		plain, corrected := c.both(rel, k.runs)
-		t.add(plain.median <= k.most*b, k.name, fmt.Sprintf("%.0f", b), delay(plain), ratio(plain.median, b), fmt.Sprintf("≤ %g", k.most), delay(corrected), ratio(corrected.median, b))
+		t.add(plain.median <= k.most*b*c.slack(), k.name, fmt.Sprintf("%.0f", b), delay(plain), ratio(plain.median, b), fmt.Sprintf("≤ %g", k.most), delay(corrected), ratio(corrected.median, b))
 	}
 	return t
 }
@@ -335,12 +335,12 @@ func several(c *config) table {
 	}
 	good, bad := rates(.01, .01, .05, 1000), rates(.02, .01, .05, 1000)
 	five := func(makers ...maker) release {
-		return release{specs: []judge.Spec{noWorse, noWorse, noWorse, noWorse, noWorse}, make: makers, ticks: hours2}
+		return release{specs: []judge.Spec{noWorse, noWorse, noWorse, noWorse, noWorse}, make: makers, ticks: c.ticks(hours2)}
 	}
 	one, oneSafe := c.both(alone(noWorse, bad, hours2), c.few())
 	t.add(true, "one alone", delay(one), "", "", delay(oneSafe))
 	plain, corrected := c.both(five(bad, good, good, good, good), c.few())
-	t.add(plain.median <= 1.4*one.median, "one of five is bad", delay(plain), ratio(plain.median, one.median), "≤ 1.4", delay(corrected))
+	t.add(plain.median <= 1.4*one.median*c.slack(), "one of five is bad", delay(plain), ratio(plain.median, one.median), "≤ 1.4", delay(corrected))
 	plain, corrected = c.both(five(bad, bad, bad, bad, bad), c.few())
 	t.add(true, "five are bad", delay(plain), ratio(plain.median, one.median), "", delay(corrected))
 	plain, corrected = c.both(five(good, good, good, good, good), c.runs)

@@ -1,0 +1,80 @@
+package rollout
+
+import (
+	"slices"
+	"sync/atomic"
+
+	"github.com/stagedrollout/rollout/internal/evidence"
+	"github.com/stagedrollout/rollout/internal/judge"
+	"github.com/stagedrollout/rollout/internal/machine"
+)
+
+// marks count the outcomes of a timing by groups of units: a histogram for each of 64 groups would be too large, and what
+// a gate asks is only whether an outcome is over its threshold. A cell is a set of thresholds exceeded.
+type marks struct {
+	tables [2]*evidence.Table // by cohort
+	at     atomic.Pointer[thresholds]
+	none   int // the cell of what is recorded while there are no thresholds
+}
+
+// thresholds are cells of the histogram, by cohort and mark.
+type thresholds [2][]int
+
+func newMarks(n int) *marks {
+	m := &marks{none: judge.MarkCells(n) - 1}
+	for c := range m.tables {
+		m.tables[c] = evidence.NewTable(judge.MarkCells(n), evidence.Groups)
+	}
+	return m
+}
+
+// cell is the set of thresholds that an outcome exceeds, by its cell in the histogram: a number whose bit i is mark i.
+func (m *marks) cell(cohort, outcome int) int {
+	at := m.at.Load()
+	if at == nil {
+		return m.none
+	}
+	set := 0
+	for i, from := range at[cohort] {
+		if outcome >= from {
+			set |= 1 << i
+		}
+	}
+	return set
+}
+
+// markLocked takes over the thresholds that the state's evidence calls for, wherever outcomes of its generation still
+// count.
+func (r *Rollout) markLocked(st *machine.State) {
+	var present [][2]int
+	for _, l := range r.ledgers {
+		if l.snap.gen != st.Gen || l.snap.over.Load() {
+			continue
+		}
+		for i := range l.snap.rings {
+			ring := &l.snap.rings[i]
+			for j, m := range ring.marks {
+				if m == nil {
+					continue
+				}
+				present = r.plan.Judge.Thresholds(present[:0], &st.Gates, nameOf(r.metrics[j].ref), ring.name)
+				m.follow(present)
+			}
+		}
+	}
+}
+
+// follow makes the thresholds those that count from now on; none are as they were before the first.
+func (m *marks) follow(present [][2]int) {
+	if len(present) == 0 {
+		m.at.Store(nil)
+		return
+	}
+	var at thresholds
+	for _, p := range present { // the control's first, as cohorts are counted
+		at[0], at[1] = append(at[0], p[0]), append(at[1], p[1])
+	}
+	if old := m.at.Load(); old == nil || !slices.Equal(old[0], at[0]) || !slices.Equal(old[1], at[1]) {
+		m.at.Store(&at)
+	}
+}

@@ -1,0 +1,482 @@
+package rollout
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/evidence"
+	"github.com/stagedrollout/rollout/internal/judge"
+	"github.com/stagedrollout/rollout/internal/machine"
+)
+
+// Source measures a metric elsewhere: a load balancer's counters, a batch job's file, a metrics server. It is named for a
+// metric in Options.Sources; what this process records of that metric is then shown but not judged.
+//
+// Totals calls add once for each series it knows, with values that are cumulative since any point in the past:
+//
+//   - of a [Rate]: how many outcomes, how many of them bad;
+//   - of a [Timing]: pairs of an upper bound in seconds and how many outcomes took at most as long, with rising bounds, the
+//     last of which may be infinite;
+//   - of a [Score]: how many outcomes, their sum, the sum of their squares;
+//   - of a [Mix]: how many outcomes of each label, in the order of NewMix, then of other labels (may be left out).
+//
+// ring is a ring's name; "" is [Everyone]. candidate says of which cohort the series is. All series of one call are taken
+// to be of one moment. Totals must return when ctx ends, after a tick or 10 s, whichever is longer, and must not call add
+// afterwards; while a call has not returned no other is made.
+//
+// Counters that fall were reset: what came in between is unknown and does not count. A value that is negative, not a
+// number, infinite or no whole number of outcomes, a series that is missing, an error, a panic or a hang is a cause shown
+// in [GateStatus], never a number. What a source counted before a stage's share came into force does not count in it.
+type Source interface {
+	Totals(ctx context.Context, add func(metric, ring string, candidate bool, values []float64)) error
+}
+
+// SourceFunc makes a Source of a function.
+type SourceFunc func(ctx context.Context, add func(metric, ring string, candidate bool, values []float64)) error
+
+// Totals calls f.
+func (f SourceFunc) Totals(ctx context.Context, add func(metric, ring string, candidate bool, values []float64)) error {
+	return f(ctx, add)
+}
+
+// FileSource is a Source that reads a file once a tick: a JSON object on each line, for example
+//
+//	{"metric": "errors", "ring": "everyone", "cohort": "candidate", "values": [1480, 31]}
+//	{"metric": "errors", "ring": "everyone", "cohort": "control", "values": [28120, 282]}
+//
+// Empty lines are skipped, and the ring may be left out. Whoever writes the file should write another one and rename it:
+// half a file is an error.
+func FileSource(path string) Source { return fileSource(path) }
+
+type fileSource string
+
+func (f fileSource) Totals(_ context.Context, add func(metric, ring string, candidate bool, values []float64)) error {
+	text, err := os.ReadFile(string(f))
+	if err != nil {
+		return err
+	}
+	type series struct {
+		Metric string    `json:"metric"`
+		Ring   string    `json:"ring"`
+		Cohort string    `json:"cohort"`
+		Values []float64 `json:"values"`
+	}
+	var all []series
+	lines := bufio.NewScanner(bytes.NewReader(text))
+	lines.Buffer(nil, 1<<20)
+	for n := 1; lines.Scan(); n++ {
+		line := bytes.TrimSpace(lines.Bytes())
+		if len(line) == 0 {
+			continue
+		}
+		var s series
+		if err := json.Unmarshal(line, &s); err != nil {
+			return fmt.Errorf("%s: line %d: %w", string(f), n, err)
+		}
+		if s.Cohort != Candidate.String() && s.Cohort != Control.String() {
+			return fmt.Errorf("%s: line %d: the cohort %q is neither %v nor %v", string(f), n, s.Cohort, Candidate, Control)
+		}
+		all = append(all, s)
+	}
+	if err := lines.Err(); err != nil {
+		return fmt.Errorf("%s: %w", string(f), err)
+	}
+	for _, s := range all { // nothing of a file that is broken
+		add(s.Metric, s.Ring, s.Cohort == Candidate.String(), s.Values)
+	}
+	return nil
+}
+
+// sourcedMetrics are the names of the metrics with a Source.
+func sourcedMetrics(all []metricRef, sources map[string]Source) (map[string]bool, error) {
+	sourced := map[string]bool{}
+	for _, name := range slices.Sorted(maps.Keys(sources)) {
+		if sources[name] == nil {
+			return nil, fmt.Errorf("rollout: Options.Sources: that of %q is nil", name)
+		}
+		if !slices.ContainsFunc(all, func(m metricRef) bool { return nameOf(m) == name }) {
+			return nil, fmt.Errorf("rollout: Options.Sources: no gate is of the metric %q, and Policy.Metrics does not name it", name)
+		}
+		sourced[name] = true
+	}
+	return sourced, nil
+}
+
+// sourceReading is what a Source said last of its metric.
+type sourceReading struct {
+	at     time.Time
+	rings  map[string][2][]float64 // cumulative, of the control and of the candidate; nil: none
+	cause  string                  // why there is nothing new
+	change time.Time               // when any value was last another one
+}
+
+// staleAfter is for how long a Source may say the same before that is a cause.
+func (r *Rollout) staleAfter() time.Duration { return max(12*r.o.Interval, time.Minute) }
+
+// watchSource reads one metric's Source once a tick.
+func (r *Rollout) watchSource(ctx context.Context, metric string) {
+	for {
+		r.readSource(ctx, metric)
+		if !sleep(ctx, r.o.Interval) {
+			return
+		}
+	}
+}
+
+// readSource reads one metric's Source once. What it said before is kept where it says nothing now.
+func (r *Rollout) readSource(ctx context.Context, metric string) {
+	type series struct {
+		ring      string
+		candidate bool
+		values    []float64
+	}
+	asked, cancel := context.WithTimeout(ctx, r.checkTimeout())
+	defer cancel()
+	away := make(chan struct{})
+	all, err := guard(asked, 0, func(ctx context.Context) ([]series, error) {
+		defer close(away)
+		var all []series
+		err := r.o.Sources[metric].Totals(ctx, func(name, ring string, candidate bool, values []float64) {
+			if name == metric && len(all) < 2*maxRings {
+				if ring == "" {
+					ring = Everyone
+				}
+				all = append(all, series{ring, candidate, slices.Clone(values)})
+			}
+		})
+		return all, err
+	})
+	if asked.Err() != nil {
+		err = fmt.Errorf("no answer within %v", r.checkTimeout())
+	}
+	next := &sourceReading{at: time.Now(), rings: map[string][2][]float64{}}
+	id := r.metricNamed(metric)
+	for _, s := range all {
+		if err != nil {
+			break
+		}
+		if slices.Index(r.plan.Rings, s.ring) < 0 {
+			err = fmt.Errorf("there is no ring %q", s.ring)
+		} else if problem := id.sane(s.values); problem != nil {
+			err = fmt.Errorf("%s of %s: %w", cohortNames[1+bit(s.candidate)], s.ring, problem)
+		} else if pair := next.rings[s.ring]; pair[bit(s.candidate)] != nil {
+			err = fmt.Errorf("two series for %s of %s", cohortNames[1+bit(s.candidate)], s.ring)
+		} else {
+			if n := len(s.values); id.kind == timingKind && math.IsInf(s.values[n-2], 1) {
+				s.values[n-2] = math.MaxFloat64 // which can be stored
+			}
+			pair[bit(s.candidate)] = s.values
+			next.rings[s.ring] = pair
+		}
+	}
+	r.mu.Lock()
+	was := r.readings[metric]
+	next.change = next.at
+	if was != nil && (err != nil || sameValues(was.rings, next.rings)) {
+		next.change = was.change
+	}
+	switch {
+	case err != nil:
+		next.cause, next.rings = "the source: "+err.Error(), nil
+		if was != nil {
+			next.rings, next.at = was.rings, was.at
+		}
+	case len(next.rings) == 0:
+		next.cause = "the source has no series of it"
+	case next.at.Sub(next.change) > r.staleAfter():
+		next.cause = fmt.Sprintf("the source has said the same for %v", next.at.Sub(next.change).Round(time.Second))
+	}
+	r.readings[metric] = next
+	r.mu.Unlock()
+	if asked.Err() != nil {
+		select {
+		case <-away:
+		case <-ctx.Done():
+		}
+	}
+}
+
+func sameValues(a, b map[string][2][]float64) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for ring, x := range a {
+		y := b[ring]
+		if !slices.Equal(x[0], y[0]) || !slices.Equal(x[1], y[1]) {
+			return false
+		}
+	}
+	return true
+}
+
+func bit(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// metricNamed is the metric of that name that the rollout has.
+func (r *Rollout) metricNamed(name string) metricID {
+	for _, m := range r.metrics {
+		if nameOf(m.ref) == name {
+			return m.ref.Value()
+		}
+	}
+	return metricID{}
+}
+
+// maxCount is the greatest number of outcomes that a float64 tells from the next.
+const maxCount = 1 << 53
+
+// sane finds what is wrong with a series of the metric by itself.
+func (m metricID) sane(values []float64) error {
+	if len(values) == 0 {
+		return errors.New("no values")
+	}
+	for i, v := range values {
+		bound := m.kind == timingKind && i%2 == 0
+		switch {
+		case math.IsNaN(v), v < 0 && !(m.kind == scoreKind && i == 1), math.IsInf(v, 0) && !(bound && i == len(values)-2):
+			return fmt.Errorf("value %d is %v", i, v)
+		case bound, m.kind == scoreKind && i > 0:
+		case v != math.Trunc(v) || v > maxCount:
+			return fmt.Errorf("value %d is %v, no number of outcomes", i, v)
+		}
+	}
+	switch m.kind {
+	case rateKind:
+		if len(values) != 2 || values[1] > values[0] {
+			return fmt.Errorf("%v are not a number of outcomes and of bad ones among them", values)
+		}
+	case timingKind:
+		for i := range values {
+			if len(values)%2 != 0 || i >= 2 && values[i] < values[i-2] || i >= 2 && i%2 == 0 && values[i] == values[i-2] {
+				return fmt.Errorf("%v are not pairs of a rising bound and a count of outcomes within it", values)
+			}
+		}
+	case scoreKind:
+		if len(values) != 3 {
+			return fmt.Errorf("%v are not a number of outcomes, their sum and the sum of their squares", values)
+		}
+	case mixKind:
+		if n := m.cells(); len(values) != n && len(values) != n-1 {
+			return fmt.Errorf("there are %d values and %d labels", len(values), n)
+		}
+	}
+	return nil
+}
+
+// since returns what came in between two totals of a series, nil where the counters were reset.
+func (m metricID) since(was, now []float64) []float64 {
+	if len(was) != len(now) {
+		return nil
+	}
+	d := make([]float64, len(now))
+	for i := range now {
+		if m.kind == timingKind && i%2 == 0 {
+			if d[i] = now[i]; was[i] != now[i] {
+				return nil // other bounds
+			}
+			continue
+		}
+		if d[i] = now[i] - was[i]; d[i] < 0 && !(m.kind == scoreKind && i == 1) {
+			return nil
+		}
+	}
+	if m.kind == rateKind && d[1] > d[0] || m.kind == timingKind && !rising(d) {
+		return nil
+	}
+	return d
+}
+
+// rising reports whether the counts of pairs never fall.
+func rising(d []float64) bool {
+	for i := 3; i < len(d); i += 2 {
+		if d[i] < d[i-2] {
+			return false
+		}
+	}
+	return true
+}
+
+// counted is how many outcomes a difference of totals has.
+func (m metricID) counted(d []float64) float64 {
+	switch m.kind {
+	case timingKind:
+		return d[len(d)-1]
+	case mixKind:
+		n := 0.
+		for _, x := range d {
+			n += x
+		}
+		return n
+	}
+	return d[0]
+}
+
+// outcomes are a difference of totals in the metric's cells.
+func (m metricID) outcomes(d []float64) []uint64 {
+	cells := make([]uint64, m.cells())
+	switch m.kind {
+	case rateKind:
+		cells[0], cells[1] = uint64(d[0]-d[1]), uint64(d[1])
+	case mixKind:
+		for i, x := range d {
+			cells[i] = uint64(x)
+		}
+	case timingKind:
+		below := 0.
+		for i := 1; i < len(d); i += 2 {
+			cell := evidence.Cells - 1
+			if b := d[i-1] * float64(time.Second); b < math.MaxInt64/2 {
+				cell = evidence.Index(time.Duration(b))
+			}
+			cells[cell] += uint64(d[i] - below)
+			below = d[i]
+		}
+	}
+	return cells
+}
+
+// moments are a difference of totals of a score, as badness; ok is false where they cannot be of its range.
+func (m metricID) moments(d []float64) (judge.Moments, bool) {
+	n, sum, squares, width := d[0], d[1], d[2], m.hi-m.lo
+	s := (n*m.hi - sum) / width
+	s2 := (n*m.hi*m.hi - 2*m.hi*sum + squares) / (width * width)
+	const slack = 1e-6
+	if s < -slack*(n+1) || s > n*(1+slack)+slack || s2 > s*(1+slack)+slack*(n+1) || s2*n < s*s*(1-slack)-slack*(n+1) {
+		return judge.Moments{}, false
+	}
+	return judge.Moments{N: n, S: min(max(s, 0), n), S2: min(max(s2, 0), n)}, true
+}
+
+// addSources adds the blocks of metrics measured elsewhere, and how far their totals are consumed then, to the input of an
+// evaluation of st, and notes why metrics have nothing.
+func (r *Rollout) addSources(st *machine.State, in *machine.Input) {
+	if len(r.o.Sources) == 0 || st.Phase != machine.Running && st.Phase != machine.Held {
+		return
+	}
+	r.mu.Lock()
+	readings := make(map[string]*sourceReading, len(r.readings))
+	for name, read := range r.readings {
+		readings[name] = read
+	}
+	r.mu.Unlock()
+	if r.sourced.epoch != st.Epoch || r.sourced.gen != st.Gen {
+		r.sourced = sourcedClock{gen: st.Gen, epoch: st.Epoch, since: in.Now, closed: map[string]time.Time{}}
+	}
+	causes := map[string]string{}
+	next := map[string]machine.Totals{}
+	for key, t := range st.Sources {
+		next[key] = t
+	}
+	for i := range r.metrics {
+		name := nameOf(r.metrics[i].ref)
+		if !r.metrics[i].sourced {
+			continue
+		}
+		read := readings[name]
+		if read == nil {
+			causes[name] = "the source was not read yet"
+			continue
+		}
+		causes[name] = read.cause
+		if read.at.Before(r.sourced.since) {
+			continue // it may hold what came in before the present shares
+		}
+		for _, ring := range r.plan.Rings {
+			if cause := r.addSeries(st, in, next, r.metrics[i].ref.Value(), ring, read.rings[ring]); cause != "" && causes[name] == "" {
+				causes[name] = cause
+			}
+		}
+	}
+	in.Sources = next
+	r.mu.Lock()
+	r.causes = causes
+	r.mu.Unlock()
+}
+
+// sameTotals reports whether as much is consumed in both.
+func sameTotals(a, b map[string]machine.Totals) bool {
+	return maps.EqualFunc(a, b, func(x, y machine.Totals) bool {
+		return x.Epoch == y.Epoch && slices.Equal(x.Values[0], y.Values[0]) && slices.Equal(x.Values[1], y.Values[1])
+	})
+}
+
+// sourcedClock is what Run remembers of the blocks of sources in the present epoch.
+type sourcedClock struct {
+	gen, epoch uint64
+	since      time.Time
+	closed     map[string]time.Time
+}
+
+// addSeries adds the block of one metric in one ring, if one is due.
+func (r *Rollout) addSeries(st *machine.State, in *machine.Input, next map[string]machine.Totals, m metricID, ring string, pair [2][]float64) (cause string) {
+	share := Percent(st.Shares[ring])
+	alone := share == 100 && r.policy.Holdback == 0
+	if share == 0 || slices.Contains(st.Rings, ring) || pair[0] == nil && pair[1] == nil {
+		return ""
+	}
+	switch {
+	case pair[1] == nil:
+		return "the source has no series of the candidate in " + ring
+	case pair[0] == nil && !alone:
+		return "the source has no series of the control in " + ring
+	}
+	key := m.name + "/" + ring
+	was, ok := next[key]
+	if !ok || was.Epoch != st.Epoch {
+		next[key] = machine.Totals{Epoch: st.Epoch, Values: pair}
+		r.sourced.closed[key] = in.Now
+		return ""
+	}
+	var d [2][]float64
+	var sums [2]uint64
+	for c := range pair {
+		if pair[c] == nil {
+			continue
+		}
+		if d[c] = m.since(was.Values[c], pair[c]); d[c] == nil {
+			next[key] = machine.Totals{Epoch: st.Epoch, Values: pair}
+			return fmt.Sprintf("the source's counters of the %s in %s were reset", cohortNames[1+c], ring)
+		}
+		sums[c] = uint64(m.counted(d[c]))
+	}
+	if sums[1] > 0 {
+		in.Outcomes = append(in.Outcomes, ring)
+	}
+	if !closes(sums, alone, in.Now.Sub(r.sourced.closed[key]), true) {
+		return ""
+	}
+	b := judge.Block{Metric: m.name, Ring: ring}
+	for c := range d {
+		switch {
+		case d[c] == nil:
+		case m.kind == scoreKind:
+			moments, ok := m.moments(d[c])
+			if !ok {
+				next[key] = machine.Totals{Epoch: st.Epoch, Values: pair}
+				return fmt.Sprintf("the source's totals of the %s in %s are not of values from %v to %v", cohortNames[1+c], ring, m.lo, m.hi)
+			}
+			b.Moments[1-c] = moments
+		case c == 0:
+			b.Control = m.outcomes(d[c])
+		default:
+			b.Candidate = m.outcomes(d[c])
+		}
+	}
+	next[key] = machine.Totals{Epoch: st.Epoch, Values: pair}
+	r.sourced.closed[key] = in.Now
+	in.Blocks = append(in.Blocks, machine.Block{Epoch: st.Epoch, Block: b})
+	return ""
+}
