@@ -373,7 +373,7 @@ func (r *Rollout) addSources(st *machine.State, in *machine.Input) {
 	}
 	r.mu.Unlock()
 	if r.sourced.epoch != st.Epoch || r.sourced.gen != st.Gen {
-		r.sourced = sourcedClock{gen: st.Gen, epoch: st.Epoch, since: in.Now, closed: map[string]time.Time{}}
+		r.sourced = sourcedClock{gen: st.Gen, epoch: st.Epoch, since: in.Now, closed: map[string]time.Time{}, causes: map[string]string{}}
 	}
 	causes := map[string]string{}
 	next := map[string]machine.Totals{}
@@ -418,6 +418,7 @@ type sourcedClock struct {
 	gen, epoch uint64
 	since      time.Time
 	closed     map[string]time.Time
+	causes     map[string]string // why a series was last taken up anew, until it gives a block
 }
 
 // addSeries adds the block of one metric in one ring, if one is due.
@@ -448,7 +449,8 @@ func (r *Rollout) addSeries(st *machine.State, in *machine.Input, next map[strin
 		}
 		if d[c] = m.since(was.Values[c], pair[c]); d[c] == nil {
 			next[key] = machine.Totals{Epoch: st.Epoch, Values: pair}
-			return fmt.Sprintf("the source's counters of the %s in %s were reset", cohortNames[1+c], ring)
+			r.sourced.causes[key] = fmt.Sprintf("the source's counters of the %s in %s were reset", cohortNames[1+c], ring)
+			return r.sourced.causes[key]
 		}
 		sums[c] = uint64(m.counted(d[c]))
 	}
@@ -456,8 +458,9 @@ func (r *Rollout) addSeries(st *machine.State, in *machine.Input, next map[strin
 		in.Outcomes = append(in.Outcomes, ring)
 	}
 	if !closes(sums, alone, in.Now.Sub(r.sourced.closed[key]), true) {
-		return ""
+		return r.sourced.causes[key]
 	}
+	delete(r.sourced.causes, key)
 	b := judge.Block{Metric: m.name, Ring: ring}
 	for c := range d {
 		switch {
