@@ -5,9 +5,8 @@
 // To first order the logarithm of a bet's wealth is a Brownian motion with
 // drift, and the time at which it first reaches a barrier has the inverse
 // Gaussian distribution (Schrödinger, Zur Theorie der Fall- und Steigversuche an
-// Teilchen mit Brownscher Bewegung, 1915; Tweedie, 1957). A process holds
-// several bets; it is as fast as the one that is the soonest, which has to earn
-// the part it did not start with.
+// Teilchen mit Brownscher Bewegung, 1915; Tweedie, Statistical Properties of
+// Inverse Gaussian Distributions, 1957).
 package planner
 
 import "math"

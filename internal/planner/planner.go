@@ -72,18 +72,24 @@ func (a *moment) done() { a.variance = max(a.variance-a.mean*a.mean, 0) }
 
 // Run is a test on a path.
 type Run struct {
+	processes []process
+	bar       Bar
+	path      []Phase
+	sets      float64
+}
+
+// process is an engine on a path.
+type process struct {
+	log  float64 // of its weight
 	bets []betRun
-	bar  Bar
-	path []Phase
-	sets float64
+	cost func(n, m float64) float64
 }
 
 // betRun is one bet on a path: how its logarithm moves.
 type betRun struct {
-	need  float64 // of its logarithm, but for the leak
 	part  float64 // of its process at the start
+	above float64 // what it is above the barrier when it passes
 	parts []segment
-	cost  func(n, m float64) float64
 }
 
 // segment is how a bet moves from one time to another, a second.
@@ -92,7 +98,7 @@ type segment struct{ from, to, mean, variance, candidate, n, m float64 }
 // Run prepares the test for the path.
 func (t Test) Run(path []Phase, bar Bar) *Run {
 	r := &Run{bar: bar, path: path, sets: max(t.sets, 1)}
-	temper := max(bar.Temper, 1)
+	r.bar.Temper = max(bar.Temper, 1)
 	for i := range t.engines {
 		e := &t.engines[i]
 		bets := make([]betRun, len(e.prior)-1)
@@ -128,31 +134,93 @@ func (t Test) Run(path []Phase, bar Bar) *Run {
 			from = to
 		}
 		for k := range bets {
-			b := &bets[k]
-			b.part, b.cost = e.prior[k+1], e.cost
-			b.need = temper*-math.Log(bar.Alpha*bar.Weight*e.weight) - math.Log(b.part)
+			bets[k].part = e.prior[k+1]
 			if up[k] > 0 {
-				// What it is above the barrier when it passes: half of a rise in the
-				// mean, weighted by size (the renewal theorem's mean excess).
-				b.need += up2[k] / up[k] / 2
+				// Half of a rise in the mean, weighted by size (the mean excess of
+				// renewal theory).
+				bets[k].above = up2[k] / up[k] / 2
 			}
 		}
-		r.bets = append(r.bets, bets...)
+		r.processes = append(r.processes, process{math.Log(e.weight), bets, e.cost})
 	}
 	return r
 }
 
 // By is the probability that the bar was reached after so many seconds.
+//
+// The bets of all processes look at the same outcomes and rise and fall
+// together, as if they were one normal variable z. So the average is at the bar
+// at one z; there the bet that has the most of it passes a barrier of its own.
 func (r *Run) By(seconds float64) float64 {
-	best := 0.
+	var mixes [8]mix
+	ms := mixes[:0]
 	blocks := Blocks(r.path, seconds)
-	for i := range r.bets {
-		best = max(best, r.bets[i].by(seconds, blocks, r.bar.Out))
+	for i := range r.processes {
+		ms = append(ms, r.processes[i].mix(seconds, blocks, r.bar.Out))
 	}
-	if r.sets > 1 {
-		return math.Pow(best, r.sets)
+	need := -math.Log(r.bar.Alpha * r.bar.Weight)
+	average := func(z float64) (log float64, most lot) {
+		sum, top := 0., math.Inf(-1)
+		for i := range ms {
+			l, lot := ms[i].at(z)
+			l = r.processes[i].log + l/r.bar.Temper
+			sum += math.Exp(l)
+			if l > top {
+				top, most = l, lot
+			}
+		}
+		return math.Log(sum), most
 	}
-	return best
+	lo, hi := -farthest, farthest
+	if log, _ := average(hi); !(log >= need) {
+		return 0
+	}
+	for hi-lo > 1e-4 {
+		z := (lo + hi) / 2
+		if log, _ := average(z); log >= need {
+			hi = z
+		} else {
+			lo = z
+		}
+	}
+	_, k := average(hi)
+	p := passed(k.mean, k.sd*k.sd, k.mean+k.sd*hi)
+	if k.sd == 0 {
+		p = 1
+	}
+	return math.Pow(p, r.sets)
+}
+
+// farthest is as many standard deviations as nothing is away.
+const farthest = 12.
+
+// lot is a bet's logarithm at some time: what it was given, and its mean and
+// standard deviation.
+type lot struct{ given, mean, sd float64 }
+
+// mix is a process at some time: its bets that gain.
+type mix struct {
+	lots [evalue.MaxBets]lot
+	n    int
+}
+
+// at is the logarithm of the process where its bets are z standard deviations
+// above their means, and the bet that has the most of it.
+func (m *mix) at(z float64) (log float64, most lot) {
+	log = math.Inf(-1)
+	if m.n == 0 {
+		return log, lot{}
+	}
+	for _, l := range m.lots[:m.n] {
+		if v := l.given + l.mean + z*l.sd; v > log {
+			log, most = v, l
+		}
+	}
+	sum := 0.
+	for _, l := range m.lots[:m.n] {
+		sum += math.Exp(l.given + l.mean + z*l.sd - log)
+	}
+	return log + math.Log(sum), most
 }
 
 const (
@@ -162,35 +230,43 @@ const (
 	worst = 1.766
 )
 
-func (b *betRun) by(seconds, blocks float64, out bool) float64 {
-	mean, variance, candidate, n, m := 0., 0., 0., 0., 0.
-	for i := range b.parts {
-		s := &b.parts[i]
-		if d := min(seconds, s.to) - s.from; d > 0 {
-			mean += d * s.mean
-			variance += d * s.variance
-			candidate += d * s.candidate
-			n += d * s.n
-			m += d * s.m
+// mix is the process after so many seconds. Bets that lose on average are left
+// out: they win by luck, if at all.
+func (p *process) mix(seconds, blocks float64, out bool) mix {
+	var mx mix
+	for i := range p.bets {
+		b := &p.bets[i]
+		mean, variance, candidate, n, m := 0., 0., 0., 0., 0.
+		for i := range b.parts {
+			s := &b.parts[i]
+			if d := min(seconds, s.to) - s.from; d > 0 {
+				mean += d * s.mean
+				variance += d * s.variance
+				candidate += d * s.candidate
+				n += d * s.n
+				m += d * s.m
+			}
 		}
+		if !(mean > 0) {
+			continue
+		}
+		given := math.Log(b.part) - b.above
+		// The fixed share takes 1/(720+i) of what the bet has more than its part at
+		// the i-th block.
+		given -= (1 - b.part) * math.Log1p(blocks/720)
+		if p.cost != nil {
+			given -= p.cost(n, m)
+		}
+		if out {
+			// The group left out is not any: it is the one with the greatest excess.
+			const kept = 1 - 1./folds
+			mean = mean*kept - worst*math.Sqrt(candidate*kept/folds)
+			variance *= kept
+		}
+		mx.lots[mx.n] = lot{given, mean, math.Sqrt(variance)}
+		mx.n++
 	}
-	if n == 0 {
-		return 0
-	}
-	need := b.need
-	// The fixed share takes 1/(720+i) of what the bet has more than its part at
-	// the i-th block.
-	need += (1 - b.part) * math.Log1p(blocks/720)
-	if b.cost != nil {
-		need += b.cost(n, m)
-	}
-	if out {
-		// The group left out is not any: it is the one with the greatest excess.
-		const kept = 1 - 1./folds
-		mean = mean*kept - worst*math.Sqrt(candidate*kept/folds)
-		variance *= kept
-	}
-	return passed(mean, variance, need)
+	return mx
 }
 
 // Time is how many seconds it takes until the bar is reached with probability
