@@ -175,7 +175,7 @@ func (r *Run) By(seconds float64) float64 {
 	if log, _ := average(hi); !(log >= need) {
 		return 0
 	}
-	for hi-lo > 1e-4 {
+	for hi-lo > 1e-3 {
 		z := (lo + hi) / 2
 		if log, _ := average(z); log >= need {
 			hi = z
@@ -194,14 +194,15 @@ func (r *Run) By(seconds float64) float64 {
 // farthest is as many standard deviations as nothing is away.
 const farthest = 12.
 
-// lot is a bet's logarithm at some time: what it was given, and its mean and
-// standard deviation.
-type lot struct{ given, mean, sd float64 }
+// lot is a bet at some time: its part of the process at the start, and of its
+// logarithm what it was given, the mean and the standard deviation.
+type lot struct{ part, given, mean, sd float64 }
 
 // mix is a process at some time: its bets that gain.
 type mix struct {
-	lots [evalue.MaxBets]lot
-	n    int
+	lots   [evalue.MaxBets]lot
+	n      int
+	shared float64 // the sum of the fixed shares of all blocks
 }
 
 // at is the logarithm of the process where its bets are z standard deviations
@@ -211,14 +212,16 @@ func (m *mix) at(z float64) (log float64, most lot) {
 	if m.n == 0 {
 		return log, lot{}
 	}
-	for _, l := range m.lots[:m.n] {
-		if v := l.given + l.mean + z*l.sd; v > log {
-			log, most = v, l
+	var logs [evalue.MaxBets]float64
+	for k, l := range m.lots[:m.n] {
+		logs[k] = l.given + l.mean + z*l.sd - m.share(k, z)
+		if logs[k] > log {
+			log, most = logs[k], l
 		}
 	}
 	sum := 0.
-	for _, l := range m.lots[:m.n] {
-		sum += math.Exp(l.given + l.mean + z*l.sd - log)
+	for _, l := range logs[:m.n] {
+		sum += math.Exp(l - log)
 	}
 	return log + math.Log(sum), most
 }
@@ -231,7 +234,8 @@ const (
 )
 
 // mix is the process after so many seconds. Bets that lose on average are left
-// out: they win by luck, if at all.
+// out: they win by luck, if at all, and mostly when others do. out: of what is
+// left without the worst group.
 func (p *process) mix(seconds, blocks float64, out bool) mix {
 	var mx mix
 	for i := range p.bets {
@@ -251,9 +255,6 @@ func (p *process) mix(seconds, blocks float64, out bool) mix {
 			continue
 		}
 		given := math.Log(b.part) - b.above
-		// The fixed share takes 1/(720+i) of what the bet has more than its part at
-		// the i-th block.
-		given -= (1 - b.part) * math.Log1p(blocks/720)
 		if p.cost != nil {
 			given -= p.cost(n, m)
 		}
@@ -263,10 +264,36 @@ func (p *process) mix(seconds, blocks float64, out bool) mix {
 			mean = mean*kept - worst*math.Sqrt(candidate*kept/folds)
 			variance *= kept
 		}
-		mx.lots[mx.n] = lot{given, mean, math.Sqrt(variance)}
+		mx.lots[mx.n] = lot{b.part, given, mean, math.Sqrt(variance)}
 		mx.n++
 	}
+	mx.shared = math.Log1p(blocks / 720)
 	return mx
+}
+
+// share is what the fixed share of all blocks, the sum of 1/(720+i), costs bet k
+// where the bets are z standard deviations above their means. What went to
+// another bet, at any block alike, is lost as far as that one has gained less
+// since.
+func (m *mix) share(k int, z float64) float64 {
+	l := &m.lots[k]
+	kept, cash := 0., 1.
+	for i := range m.lots[:m.n] {
+		other := &m.lots[i]
+		kept += other.part * since(l.mean+z*l.sd-other.mean-z*other.sd)
+		cash -= other.part
+	}
+	return m.shared * (1 - kept - max(cash, 0)*since(l.mean+z*l.sd))
+}
+
+// since is the mean of exp(-u·lag), u even between 0 and 1. A bet that is ahead
+// counts as at most a little ahead: what it was given is only a first order.
+func since(lag float64) float64 {
+	lag = max(lag, -1)
+	if math.Abs(lag) < 1e-9 {
+		return 1
+	}
+	return -math.Expm1(-lag) / lag
 }
 
 // Time is how many seconds it takes until the bar is reached with probability
@@ -325,3 +352,6 @@ func each(path []Phase, seconds float64, f func(p *Phase, d float64)) {
 		seconds -= d
 	}
 }
+
+// Empty reports whether the test never reaches a bar because there is none.
+func (t Test) Empty() bool { return len(t.engines) == 0 }
