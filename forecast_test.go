@@ -33,8 +33,9 @@ func forecast(t *testing.T, p Policy, tr Traffic) Forecast {
 	return f
 }
 
-// TestForecastOfSimulatedPolicy compares the forecast with whole policies in virtual time. The medians of -sim.runs runs
-// are compared within 20 %; what takes six bakes of ten minutes, within 3 %.
+// TestForecastOfSimulatedPolicy compares the forecast with whole policies in virtual time, of -sim.runs runs each. Times
+// are compared within 20 %, what takes six bakes of ten minutes within 3 %. Requests come five times as fast once a stage
+// is entered, so of these the planned median must be no further out than 3 and 7 of 10 runs.
 func TestForecastOfSimulatedPolicy(t *testing.T) {
 	runs := *simRuns
 	if raced {
@@ -76,7 +77,12 @@ func TestForecastOfSimulatedPolicy(t *testing.T) {
 		}
 		line("a good release, seconds,", f.Duration.P50.Seconds(), good[len(good)/2], off)
 		line("a bad one, seconds,", f.Catch.Time.P50.Seconds(), bad[runs/2], .2)
-		line("a bad one, requests,", f.Catch.Requests.P50, requests[runs/2], .25)
+		below, _ := slices.BinarySearch(requests, f.Catch.Requests.P50)
+		t.Logf("%g rps, +%g points: a bad one, requests, %.0f planned, %.0f simulated; %d of %d had less than planned",
+			c.rate, float64(c.points), f.Catch.Requests.P50, requests[runs/2], below, runs)
+		if rank := float64(below) / float64(runs); rank < .3 || rank > .7 {
+			t.Errorf("%.2f of the runs had less requests than half should have had", rank)
+		}
 	}
 }
 
@@ -304,7 +310,7 @@ func TestForecastAsJSON(t *testing.T) {
 		}
 	}
 	for x, want := range map[float64]string{0: "-", 3.14: "3.1", 87: "87", 11234: "11,000", 1234567: "1,200,000"} {
-		if got := count(x); got != want {
+		if got := roughly(x); got != want {
 			t.Errorf("%v is written %q, not %q", x, got, want)
 		}
 	}

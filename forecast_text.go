@@ -42,7 +42,7 @@ func (f *forecaster) advice(i int, st *StageForecast, bake float64, path []plann
 			continue
 		}
 		say("%s: %s needs about %s candidate samples, %s at this traffic (nine of ten: %s)%s",
-			stage, gf.Name, count(gf.Requests.P50), short(gf.Proof.P50), short(gf.Proof.P90), f.instead(i, g, path, goal))
+			stage, gf.Name, roughly(gf.Requests.P50), short(gf.Proof.P50), short(gf.Proof.P90), f.instead(i, g, path, goal))
 	}
 	return out
 }
@@ -71,20 +71,20 @@ func (f *forecaster) wider(g int, path []planner.Phase, goal float64) (claim str
 		s := gate.spec
 		switch s.Kind {
 		case judge.Within, judge.MixWithin:
-			s.Margin = round(100*s.Margin*by) / 100
-			claim = "Within(" + number(round(100*s.Margin)) + ")"
+			s.Margin = twoDigits(100*s.Margin*by) / 100
+			claim = "Within(" + number(twoDigits(100*s.Margin)) + ")"
 		case judge.AtMost:
-			s.Margin = round(100*s.Margin*by) / 100
-			claim = "AtMost(" + number(round(100*s.Margin)) + ")"
+			s.Margin = twoDigits(100*s.Margin*by) / 100
+			claim = "AtMost(" + number(twoDigits(100*s.Margin)) + ")"
 		case judge.ScoreWithin:
-			drop := round(s.Margin * (s.Hi - s.Lo) * by)
+			drop := twoDigits(s.Margin * (s.Hi - s.Lo) * by)
 			s.Margin = drop / (s.Hi - s.Lo)
 			claim = "Within(" + number(drop) + ")"
 		case judge.WithinFactor, judge.QuantileWithinFactor:
-			s.Factor = 1 + round((s.Factor-1)*by)
+			s.Factor = 1 + twoDigits((s.Factor-1)*by)
 			claim = "WithinFactor(" + number(s.Factor) + ")"
 		case judge.QuantileAtMost:
-			s.Limit = time.Duration(round(float64(s.Limit) * by))
+			s.Limit = time.Duration(twoDigits(float64(s.Limit) * by))
 			claim = "AtMost(" + s.Limit.String() + ")"
 		default:
 			return "", 0, false
@@ -97,7 +97,7 @@ func (f *forecaster) wider(g int, path []planner.Phase, goal float64) (claim str
 			return "", 0, false
 		}
 		if run := test.Run(path, f.proofBar()); run.Time(.9) <= goal {
-			return claim, duration(run.Time(.5)), true
+			return claim, lasts(run.Time(.5)), true
 		}
 	}
 	return "", 0, false
@@ -122,7 +122,7 @@ func (f *forecaster) proveFrom(i int, goal float64) (Percent, bool) {
 				ps, _ := f.phases(k)
 				was := newPast(len(p.Rings) + 1)
 				for l := range was.seen { // by then every ring has been seen
-					was.open[l], was.seen[l] = true, warmUp
+					was.open[l], was.seen[l] = true, warmControls
 				}
 				fits = fits && f.proof(k, f.good, was.path(ps, true)).Time(.9) <= min(goal, p.Stages[k].Deadline.Seconds())
 			}
@@ -204,10 +204,10 @@ func (s Span) String() string {
 
 // String is both numbers, rounded.
 func (a Amount) String() string {
-	if x, y := count(a.P50), count(a.P90); x != y {
+	if x, y := roughly(a.P50), roughly(a.P90); x != y {
 		return x + " / " + y
 	}
-	return count(a.P50)
+	return roughly(a.P50)
 }
 
 func orDash(s string) string {
@@ -240,8 +240,8 @@ func short(d time.Duration) string {
 	return unit(365*day, "y")
 }
 
-// count is a number to two digits, with commas.
-func count(x float64) string {
+// roughly is a number to two digits, with commas.
+func roughly(x float64) string {
 	if x <= 0 {
 		return "-"
 	}
@@ -255,8 +255,8 @@ func count(x float64) string {
 	return s
 }
 
-// round is x to two digits.
-func round(x float64) float64 { return digits(x, 2) }
+// twoDigits is x to two digits.
+func twoDigits(x float64) float64 { return digits(x, 2) }
 
 // digits is x to so many digits.
 func digits(x float64, n int) float64 {

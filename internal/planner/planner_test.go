@@ -63,7 +63,7 @@ type runner func(candidate, control []uint64) bool
 
 // simulate runs releases of n candidate and m control outcomes a tick, and
 // returns how many candidate outcomes each took, sorted.
-func simulate(law Law, n, m, ticks, runs int, start func() runner) []float64 {
+func simulate(law Law, n, m, ticks, runs int, start func(run int) runner) []float64 {
 	took := make([]float64, runs)
 	c, s := newSampler(law.Candidate), newSampler(law.Control)
 	var wg sync.WaitGroup
@@ -73,7 +73,7 @@ func simulate(law Law, n, m, ticks, runs int, start func() runner) []float64 {
 			x, y := make([]uint64, len(law.Candidate)), make([]uint64, len(law.Control))
 			for i := w; i < runs; i += workers {
 				r := rand.New(rand.NewPCG(uint64(i), 19150603))
-				done := start()
+				done := start(i)
 				took[i] = math.Inf(1)
 				for tick := range ticks {
 					fill(x, law.Candidate, c, n, r)
@@ -92,12 +92,12 @@ func simulate(law Law, n, m, ticks, runs int, start func() runner) []float64 {
 }
 
 // judged is a gate alone, as the judge has it.
-func judged(t *testing.T, spec judge.Spec, proof bool) func() runner {
+func judged(t *testing.T, spec judge.Spec, proof bool) func(int) runner {
 	j, err := judge.New([]judge.Spec{spec}, judge.Risk{FalseRollback: .01, FalsePromotion: .05})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return func() runner {
+	return func(int) runner {
 		var st judge.State
 		return func(x, y []uint64) bool {
 			j.Consume(&st, judge.Block{Metric: spec.Metric, Ring: "everyone", Candidate: x, Control: y}, nil, proof)
@@ -108,8 +108,8 @@ func judged(t *testing.T, spec judge.Spec, proof bool) func() runner {
 }
 
 // scored is a process of a score's difference alone.
-func scored(d *evalue.Difference, alpha float64) func() runner {
-	return func() runner {
+func scored(d *evalue.Difference, alpha float64) func(int) runner {
+	return func(int) runner {
 		var p evalue.Process
 		sum, n := 0., 0.
 		return func(x, y []uint64) bool {
@@ -128,9 +128,9 @@ func scored(d *evalue.Difference, alpha float64) func() runner {
 }
 
 // changed is a process of a mix alone.
-func changed(alpha float64) func() runner {
+func changed(alpha float64) func(int) runner {
 	e := evalue.NewChange()
-	return func() runner {
+	return func(int) runner {
 		var p evalue.Process
 		var c, s []uint64
 		return func(x, y []uint64) bool {
@@ -155,10 +155,9 @@ func changed(alpha float64) func() runner {
 // tempered is a rate's ratio and difference as they are decided on for clustered
 // units: without the worst of 16 groups, divided by 1.2 times what the groups
 // vary more than they would by chance.
-func tempered(alpha float64, groups int, seed uint64) func() runner {
-	return func() runner {
-		r := rand.New(rand.NewPCG(seed, 1))
-		seed++
+func tempered(alpha float64, groups int) func(int) runner {
+	return func(run int) runner {
+		r := rand.New(rand.NewPCG(uint64(run), 1))
 		ratio, diff := evalue.RatioWorse(1), evalue.DifferenceWorse()
 		var out [folds][2]evalue.Process
 		type counts struct{ n, x, m, y []float64 }
@@ -253,7 +252,7 @@ type plan struct {
 	share float64
 	tick  int // outcomes
 	proof bool
-	start func() runner // nil: the judge's
+	start func(run int) runner // nil: the judge's
 	bar   Bar
 	off   float64 // allowed, as a factor less one
 	short bool    // also in the short form
@@ -332,7 +331,7 @@ func plans() []plan {
 		}
 		for _, c := range []float64{2, 4} {
 			ps = append(ps, plan{name: fmt.Sprintf("NoWorse 1→%g, tempered", c), spec: noWorse, law: rates(c, 1), share: share, tick: 1000,
-				start: tempered(.01, 64, 1), bar: Bar{Temper: 1.2 * 1.05, Out: true}, off: .2, short: share == .05 && c == 4})
+				start: tempered(.01, 64), bar: Bar{Temper: 1.2 * 1.05, Out: true}, off: .2, short: share == .05 && c == 4})
 		}
 	}
 	return ps
