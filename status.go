@@ -102,6 +102,11 @@ type GateStatus struct {
 	Proof     float64 `json:"proof"`             // evidence for the candidate in this stage; 1 is none
 	NeedProof float64 `json:"needProof"`         // the Proof at which the gate is Healthy; 0 for what cannot be proven
 	Missing   string  `json:"missing,omitempty"` // what it waits for
+	// NeedN is about how many more outcomes of the candidate it takes until the gate is proven, or broken, and NeedTime how
+	// long that takes at the present traffic, if both cohorts go on as they did so far; half of all rollouts take longer.
+	// Zero: not known, or never.
+	NeedN    uint64        `json:"needN,omitempty"`
+	NeedTime time.Duration `json:"needTime,omitempty"`
 }
 
 // Interval is where a difference is likely to be: candidate less control, above zero is worse, in parts of one for a rate
@@ -208,6 +213,9 @@ func (r *Rollout) Status() Status {
 			Candidate: r.estimate(res.Spec.Name, res.Candidate), Control: r.estimate(res.Spec.Name, res.Control),
 			Difference: Interval{res.Lo, res.Hi, res.Bounded}, Summary: res.Summary, Ring: res.Ring,
 			E: res.E, NeedE: res.NeedE, Proof: res.ProofE, NeedProof: res.NeedProof,
+		}
+		if gate.Armed && gate.Verdict == Inconclusive && gate.Missing == "" {
+			gate.Missing, gate.NeedN, gate.NeedTime = r.settles(st, g, res)
 		}
 		if cause := causes[gate.Metric]; cause != "" && gate.Verdict == Inconclusive {
 			gate.Cause = cause

@@ -93,10 +93,10 @@ func (g *gate) cause(s *Gate) string {
 		case Within:
 			allowed = "worse than allowed"
 			if by == "" {
-				allowed = "more than the " + short(100*g.Margin) + " points worse that are allowed"
+				allowed = "worse by more than the " + short(100*g.Margin) + " points allowed"
 			}
 		case WithinFactor:
-			allowed = "more than the " + short(g.Factor) + " times as high that are allowed"
+			allowed = "more than the " + short(g.Factor) + " times as many allowed"
 		}
 		return fmt.Sprintf("%s: %s against %s, %s%s,%s", what, c, m, by, allowed, after)
 	case AtMost:

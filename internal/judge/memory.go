@@ -181,6 +181,9 @@ func saturate(a, b uint64) uint64 {
 	return a + b
 }
 
+// Count returns how many outcomes the cells hold.
+func Count(cells []uint64) uint64 { return sum(cells) }
+
 func sum(cells []uint64) uint64 {
 	n, over := uint64(0), uint64(0)
 	for _, c := range cells {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"time"
 
@@ -111,6 +112,8 @@ type State struct {
 	Cursors map[string]Cursor `json:"cursors,omitempty"` // evidence consumed, by incarnation
 	Sources map[string]Totals `json:"sources,omitempty"` // evidence consumed of metrics measured elsewhere, by metric and ring
 
+	Pace map[string]Pace `json:"pace,omitempty"` // of outcomes lately, by metric
+
 	Gates    judge.State `json:"gates"`
 	Reported []string    `json:"reported,omitempty"` // gates that only report and have
 	Acted    []string    `json:"acted,omitempty"`    // Checks whose present answer was acted on
@@ -133,6 +136,47 @@ type State struct {
 type Cursor struct {
 	Seq   uint64 `json:"seq"`   // of its last cut
 	Round uint64 `json:"round"` // in which it last moved
+}
+
+// Pace is how fast outcomes have come lately, for people: nothing is decided on it. What is older counts for less. The
+// zero value has seen nothing.
+type Pace struct {
+	Candidate float64 `json:"candidate"` // outcomes
+	Control   float64 `json:"control"`
+	Seconds   float64 `json:"seconds"` // in which they came
+}
+
+// lately is the time in which what was seen of a pace loses most of its weight.
+const lately = 5 * time.Minute
+
+// PerSecond is the pace; 0 while it is not known.
+func (p Pace) PerSecond() (candidate, control float64) {
+	if !(p.Seconds > 0) {
+		return 0, 0
+	}
+	return p.Candidate / p.Seconds, p.Control / p.Seconds
+}
+
+// pace notes what came in over a time.
+func (s *State) pace(passed time.Duration, blocks []Block) {
+	fade := math.Exp(-passed.Seconds() / lately.Seconds())
+	next := make(map[string]Pace, len(s.Pace))
+	for metric, p := range s.Pace {
+		next[metric] = Pace{p.Candidate * fade, p.Control * fade, p.Seconds*fade + passed.Seconds()}
+	}
+	for _, b := range blocks {
+		if slices.Contains(s.Rings, b.Ring) {
+			continue
+		}
+		p, ok := next[b.Metric]
+		if !ok {
+			p.Seconds = passed.Seconds()
+		}
+		p.Candidate += float64(judge.Count(b.Candidate)) + b.Moments[0].N
+		p.Control += float64(judge.Count(b.Control)) + b.Moments[1].N
+		next[b.Metric] = p
+	}
+	s.Pace = next
 }
 
 // Totals are the cumulative values of a source up to which they were consumed, of the control and of the candidate. What
@@ -241,6 +285,7 @@ func (s *State) Clone() *State {
 	c.Rings = slices.Clone(s.Rings)
 	c.StepBack = maps.Clone(s.StepBack)
 	c.Cursors = maps.Clone(s.Cursors)
+	c.Pace = maps.Clone(s.Pace)
 	c.Sources = maps.Clone(s.Sources) // the values inside never change
 	c.Gates = s.Gates.Clone()
 	c.Reported, c.Acted = slices.Clone(s.Reported), slices.Clone(s.Acted)

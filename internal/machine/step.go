@@ -109,6 +109,7 @@ func Step(s *State, p *Plan, in Input) []Event {
 		m.edited("")
 		return m.events
 	}
+	m.pace(min(max(in.Elapsed, 0), 13*p.Tick), in.Blocks)
 	m.consume(i, in)
 	results := p.Judge.Assess(&s.Gates, in.Checks)
 	m.forget(results)
@@ -213,7 +214,7 @@ func (m *move) within(ring string) float64 {
 // fresh starts a stage's clocks and its proof from zero.
 func (m *move) fresh() {
 	m.Elapsed, m.Baked, m.Quiet = 0, 0, 0
-	m.Seen, m.Approved = false, false
+	m.Seen, m.Approved, m.Pace = false, false, nil
 	m.Entered = m.Epoch + 1
 	m.Gates.ResetProof()
 }
