@@ -177,11 +177,11 @@ next:
 				ring.outcomes[c][i].Add(shard, group, cell)
 			}
 			if cohort == Candidate {
-				if m.never && o.value != 0 {
-					s.r.wakeUp()
-				}
 				if o.why != nil {
 					s.life.reasons[i].keep(o.why)
+				}
+				if m.never && o.value != 0 {
+					s.r.wakeUp()
 				}
 			}
 			continue next

@@ -181,7 +181,7 @@ func TestDropped(t *testing.T) {
 		}
 		d.Record(rollout.Errors.Observe(true), rollout.Latency.Observe(1), refunds.Observe(false))
 		got := mp.read(t).of("rollout.dropped")
-		for reason, want := range map[string]float64{"no unit": 1, "unknown metric": 2, "late": 3, "slow subscriber": 0} {
+		for reason, want := range map[string]float64{"no unit": 1, "unknown metric": 2, "late": 3, "invalid": 0, "slow subscriber": 0} {
 			if n := got["feature_flag.key=checkout rollout.reason="+reason]; n != want {
 				t.Errorf("%s is %v, want %v: %v", reason, n, want, got)
 			}
