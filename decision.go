@@ -82,6 +82,7 @@ func pack(enabled bool, c Cohort, r Reason, ring int, group uint64) bits {
 }
 
 func (b bits) cohort() Cohort { return Cohort(b >> cohortShift & 3) }
+func (b bits) side() int      { return int(b >> cohortShift & 2 >> 1) } // of cohorts compared: 0 Control, 1 Candidate
 func (b bits) reason() Reason { return Reason(b >> reasonShift & 31) }
 func (b bits) ring() int      { return int(b >> ringShift & 255) }
 func (b bits) group() uint64  { return uint64(b >> groupShift & 63) }
@@ -177,11 +178,11 @@ next:
 				ring.outcomes[c][i].Add(shard, group, cell)
 			}
 			if cohort == Candidate {
-				if m.never && o.value != 0 {
-					s.r.wakeUp()
-				}
 				if o.why != nil {
 					s.life.reasons[i].keep(o.why)
+				}
+				if m.never && o.value != 0 {
+					s.r.wakeUp()
 				}
 			}
 			continue next

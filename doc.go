@@ -44,14 +44,16 @@ answer is stable, and [Decision.Reason] says why.
 # Evidence and gates
 
 A keyed unit of a ring under way is in a [Cohort]: Candidate or Control, and outcomes are compared between the two.
-[Errors] and [Latency] are recorded by [Middleware], [Rollout.Handler], [Do] and [Rollout.Do]; [NewRate] and [NewTiming]
-make more, for [Decision.Record] and [Record].
+[Errors] and [Latency] are recorded by [Middleware], [Rollout.Handler], [Do] and [Rollout.Do]; [NewRate], [NewTiming],
+[NewScore] and [NewMix] make more, for [Decision.Record] and [Record]. [Observation.Because] gives one a rationale, which
+an [Incident] shows.
 
 A [Gate] is a claim on a metric. Rates have [Rate.Within], [Rate.WithinFactor], [Rate.AtMost], [Rate.NoWorse] and
-[Rate.Never]; timings [Quantile.WithinFactor], [Quantile.AtMost] and [Timing.NoWorse]; [Check] asks anything else. A
-gate is Unhealthy once its claim is proven broken, Healthy once it is proven kept, and Inconclusive until then. The
-tests are anytime-valid: gates are judged at every tick, and Policy.FalseRollback and Policy.FalsePromotion bound the
-errors however often they look.
+[Rate.Never]; timings [Quantile.WithinFactor], [Quantile.AtMost] and [Timing.NoWorse]; scores [Score.Within],
+[Score.AtLeast] and [Score.NoWorse]; mixes [Mix.Within] and [Mix.NoChange]; [Check] asks anything else. A gate is
+Unhealthy once its claim is proven broken, Healthy once it is proven kept, and Inconclusive until then. The tests are
+anytime-valid: gates are judged at every tick, and Policy.FalseRollback and Policy.FalsePromotion bound the errors
+however often they look.
 
 A broken gate rolls back, or does what [Gate.OnFail] says: roll back its ring, step back, hold, or report. A stage is
 left once it has baked, its gates are silent and, from Policy.ProveFrom on, every gate that can prove its claim has done

@@ -436,6 +436,66 @@ func ExampleTiming() {
 	// render.NoWorse
 }
 
+func ExampleNewScore() {
+	quality := rollout.NewScore("answer-quality", 0, 10) // 10 is best
+	for _, g := range []rollout.Gate{
+		quality.Within(0.5), // the mean is at most half a point below the control's
+		quality.AtLeast(7),  // the mean is at least 7, whatever the control's is
+		quality.NoWorse(),   // a guard: rolls back on any proven worsening
+	} {
+		fmt.Println(g.Name())
+	}
+	// Output:
+	// answer-quality.Within(0.5)
+	// answer-quality.AtLeast(7)
+	// answer-quality.NoWorse
+}
+
+func ExampleNewMix() {
+	tools := rollout.NewMix("tools", "search", "calculator", "none") // anything else counts as "other"
+	for _, g := range []rollout.Gate{
+		tools.Within(0.05), // at most five points of all calls moved from one tool to another
+		tools.NoChange(),   // a guard: rolls back on any proven change
+	} {
+		fmt.Println(g.Name())
+	}
+	r := rollout.Must("assistant", rollout.Policy{
+		Stages:  rollout.Percentages(50, 100),
+		Gates:   []rollout.Gate{rollout.Errors.AtMost(5)},
+		Metrics: []rollout.Metric{tools}, // watched without a gate
+	}, quiet)
+	defer start(r)()
+	r.Decide(rollout.Unit{Key: "alice"}).Record(tools.Observe("calculator"), rollout.Errors.Observe(false))
+	// Output:
+	// tools.Within(0.05)
+	// tools.NoChange
+}
+
+func ExampleObservation_Because() {
+	leaks := rollout.NewRate("leaks")
+	r := rollout.Must("assistant", rollout.Policy{
+		Stages: rollout.Percentages(50, 100),
+		Gates:  []rollout.Gate{rollout.Errors.AtMost(5), leaks.Never()},
+	}, quiet)
+	defer start(r)()
+	told := make(chan rollout.Incident, 1)
+	r.Subscribe(func(e rollout.Event) {
+		if e.Kind == rollout.RollbackBegan {
+			told <- *e.Incident
+		}
+	})
+	for _, user := range []string{"alice", "bob", "carol", "dave"} {
+		if d := r.Decide(rollout.Unit{Key: user}); d.Enabled() {
+			d.Record(leaks.Observe(true).Because("the answer names another customer"))
+			break
+		}
+	}
+	in := <-told
+	fmt.Println(in.Gate, in.Rationales)
+	// Output:
+	// leaks.Never [the answer names another customer]
+}
+
 func ExampleCheck() {
 	provider := rollout.Check("payment-provider", func(ctx context.Context) (rollout.Verdict, error) {
 		return rollout.Unhealthy, errors.New("it refuses half of our payments")

@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 
 	"github.com/cespare/xxhash/v2"
+
+	"github.com/stagedrollout/rollout/internal/evidence"
 )
 
 // scope is what one request or job knows of its unit: who it is, asked once, and the answers it was given. It is the
@@ -273,8 +275,13 @@ func (r *Rollout) Decide(u Unit) Decision {
 	s := r.snap.Load()
 	if s.plain && len(u.Groups) == 0 && u.Key != "" {
 		bucket, slot := bucketOf(s.salt, xxhash.Sum64String(u.Key)), r.slot.Load()
-		b := s.last.answer(bucket)
-		s.last.count(b, bucket, slot)
+		v := s.last
+		b := v.answer(bucket)
+		known := v.met.has(bucket) // this is count, which is too large to be inlined
+		v.slots[b.side()].add(evidence.Shard(), slot, decided, b.group())
+		if !known {
+			v.meet(b, bucket)
+		}
 		return Decision{s, b, slot}
 	}
 	return s.ask(u)

@@ -130,11 +130,17 @@ func (v *ringView) special() bits {
 
 // count counts an answer of cohort Control or Candidate, and the unit if it comes for the first time.
 func (v *ringView) count(b bits, bucket uint64, slot uint32) {
-	c, group, shard := b>>cohortShift&2>>1, b.group(), evidence.Shard()
 	known := v.met.has(bucket) // looked up before the add, which a processor waits for
-	v.slots[c].add(shard, slot, decided, group)
-	if !known && v.met.set(bucket) {
-		v.first[c].Add(shard, group, 0)
+	v.slots[b.side()].add(evidence.Shard(), slot, decided, b.group())
+	if !known {
+		v.meet(b, bucket)
+	}
+}
+
+// meet counts a unit that may have come for the first time.
+func (v *ringView) meet(b bits, bucket uint64) {
+	if v.met.set(bucket) {
+		v.first[b.side()].Add(evidence.Shard(), b.group(), 0)
 	}
 }
 

@@ -86,6 +86,15 @@ type edit func(p *Policy)
 func editStage(i int, f func(s *Stage)) edit { return func(p *Policy) { f(&p.Stages[i]) } }
 func editGates(gs ...Gate) edit              { return func(p *Policy) { p.Gates = append(p.Gates, gs...) } }
 
+// marksOf are n gates that compare the latency at as many points.
+func marksOf(n int) []Gate {
+	var gates []Gate
+	for i := range n {
+		gates = append(gates, Latency.Quantile(.5).AtMost(time.Duration(i+1)*time.Second))
+	}
+	return gates
+}
+
 // editAll is another policy altogether.
 func editAll(p Policy) edit { return func(q *Policy) { *q = p } }
 
@@ -198,6 +207,39 @@ var badPolicies = []struct {
 	{"no metric", func(p *Policy) { p.Metrics = append(p.Metrics, nil) }, []string{"Policy.Metrics[1]", "nil"}},
 	{"the zero metric", func(p *Policy) { p.Metrics = append(p.Metrics, Timing{}) }, []string{"Policy.Metrics[1]", "zero value"}},
 	{"a metric of a bad name", func(p *Policy) { p.Metrics = append(p.Metrics, NewRate("-x")) }, []string{"Policy.Metrics[1]", `"-x"`}},
+
+	{"a drop of nothing", editGates(quality.Within(0)), []string{"Policy.Gates[6] quality.Within(0)", "drop of 0 "}},
+	{"a drop as wide as the range", editGates(quality.Within(4)), []string{"Policy.Gates[6] quality.Within(4)", "drop of 4 ", "below 4"}},
+	{"a drop that is no number", editGates(quality.Within(math.NaN())), []string{"Policy.Gates[6] quality.Within(NaN)", "drop of NaN "}},
+	{"at least the worst", editGates(quality.AtLeast(-1)), []string{"Policy.Gates[6] quality.AtLeast(-1)", "least mean of -1 "}},
+	{"at least the best", editGates(quality.AtLeast(3)), []string{"Policy.Gates[6] quality.AtLeast(3)", "least mean of 3 "}},
+	{"at least no number", editGates(quality.AtLeast(math.NaN())), []string{"Policy.Gates[6] quality.AtLeast(NaN)", "least mean of NaN "}},
+	{"no distance", editGates(route.Within(0)), []string{"Policy.Gates[6] route.Within(0)", "distance of 0 "}},
+	{"all distances", editGates(route.Within(1)), []string{"Policy.Gates[6] route.Within(1)", "distance of 1 "}},
+	{"a gate of the zero score", editGates(Score{}.NoWorse()), []string{"Policy.Gates[6]", "zero value"}},
+	{"a gate of the zero mix", editGates(Mix{}.NoChange()), []string{"Policy.Gates[6]", "zero value"}},
+	{"an empty range", editGates(NewScore("grade", 2, 2).NoWorse()), []string{"Policy.Gates[6] grade.NoWorse", "from 2 to 2"}},
+	{"a range upside down", func(p *Policy) { p.Metrics = append(p.Metrics, NewScore("grade", 1, 0)) }, []string{"Policy.Metrics[1] grade", "from 1 to 0"}},
+	{"a range without an end", editGates(NewScore("grade", 0, math.Inf(1)).AtLeast(1)), []string{"Policy.Gates[6] grade.AtLeast(1)", "from 0 to +Inf"}},
+	{"a range that is no number", editGates(NewScore("grade", math.NaN(), 1).NoWorse()), []string{"Policy.Gates[6] grade.NoWorse", "from NaN to 1"}},
+	{"too wide a range", editGates(NewScore("grade", -math.MaxFloat64, math.MaxFloat64).NoWorse()), []string{"Policy.Gates[6] grade.NoWorse", "too wide"}},
+	{"one label", editGates(NewMix("kinds", "a").NoChange()), []string{"Policy.Gates[6] kinds.NoChange", "fewer than 2 labels"}},
+	{"one label and other", func(p *Policy) { p.Metrics = append(p.Metrics, NewMix("kinds", "a", "other")) }, []string{"Policy.Metrics[1] kinds", "fewer than 2 labels"}},
+	{"ten labels", editGates(NewMix("kinds", strings.Split("abcdefghij", "")...).NoChange()), []string{"Policy.Gates[6] kinds.NoChange", "10 labels"}},
+	{"a label twice", editGates(NewMix("kinds", "a", "b", "a").NoChange()), []string{"Policy.Gates[6] kinds.NoChange", `label 2 of the mix, "a"`, "twice"}},
+	{"an empty label", editGates(NewMix("kinds", "a", "", "b").NoChange()), []string{"Policy.Gates[6] kinds.NoChange", "label 1 of the mix is empty"}},
+	{"a long label", editGates(NewMix("kinds", "a", strings.Repeat("b", 65), "c").NoChange()), []string{"Policy.Gates[6] kinds.NoChange", "label 1 of the mix", "64 bytes"}},
+	{"a label that is no text", editGates(NewMix("kinds", "a", "b", "\xff").NoChange()), []string{"Policy.Gates[6] kinds.NoChange", "label 2 of the mix", "UTF-8"}},
+	{"scores of two ranges", editGates(quality.NoWorse(), NewScore("quality", 0, 1).AtLeast(.5)), []string{"gate quality.AtLeast(0.5)", "score from 0 to 1", "score from -1 to 3"}},
+	{"mixes of other labels", editGates(route.NoChange(), NewMix("route", "a", "b").Within(.5)), []string{"gate route.Within(0.5)", `mix of ["a" "b" "other"]`, `mix of ["search" "answer" "refuse" "other"]`}},
+	{"a metric with a guard's name", editGates(NewRate("split").NoWorse()), []string{"Policy.Gates[6] split.NoWorse", `"split"`, "guard"}},
+	{"a check with a guard's name", editGates(Check("split", alwaysHealthy)), []string{"Policy.Gates[6] split", "guard"}},
+	{"without what is no guard", func(p *Policy) { p.Without = []string{"errors.Within(1)"} }, []string{"Policy.Without[0]", `"errors.Within(1)"`, `"no outcome"`, `"split"`}},
+	{"without a guard twice", func(p *Policy) { p.Without = []string{GuardSplit, GuardSplit} }, []string{"Policy.Without[1]", `"split"`, "twice"}},
+	{"more marks than fit", editGates(append(marksOf(6), Latency.NoWorse())...), []string{`gates of "latency"`, "9 points", "8 are the most"}},
+	{"only a guard at the end", func(p *Policy) {
+		*p = Policy{Stages: Percentages(50, 100), Bake: time.Minute, Holdback: 5, Gates: []Gate{quality.NoWorse(), route.NoChange()}}
+	}, []string{"Policy.Stages[0]", "nothing could prove it healthy"}},
 
 	{"bake negative", func(p *Policy) { p.Bake = -time.Second }, []string{"Policy.Bake: -1s "}},
 	{"deadline negative", func(p *Policy) { p.Deadline = -time.Minute }, []string{"Policy.Deadline: -1m0s "}},
@@ -603,5 +645,96 @@ func TestPolicyDefaults(t *testing.T) {
 	kept := short.withDefaults("checkout")
 	if got := []any{kept.Salt, kept.Deadline, kept.OnDeadline, kept.ProveFrom, kept.FalseRollback, kept.FalsePromotion, kept.Stages[0].Deadline}; fmt.Sprint(got) != "[other 30h0m0s rollback 10 % 0.02 0.03 30h0m0s]" {
 		t.Errorf("what was set became %v", got)
+	}
+}
+
+// What gates of scores and mixes are to the judge, and what is right about them.
+func TestScoreAndMixGates(t *testing.T) {
+	labels := []string{"search", "answer", "refuse", "other"}
+	for _, c := range []struct {
+		g     Gate
+		other Gate // beside it
+		want  judge.Spec
+	}{
+		{quality.Within(0.5), quality.NoWorse(), judge.Spec{Name: "quality.Within(0.5)", Kind: judge.ScoreWithin, Margin: .125, Action: judge.Rollback, Lo: -1, Hi: 3}},
+		{quality.AtLeast(2), Gate{}, judge.Spec{Name: "quality.AtLeast(2)", Kind: judge.ScoreAtLeast, Margin: .25, Action: judge.Rollback, Lo: -1, Hi: 3}},
+		{quality.NoWorse(), quality.AtLeast(2), judge.Spec{Name: "quality.NoWorse", Kind: judge.ScoreNoWorse, Action: judge.Rollback, Lo: -1, Hi: 3}},
+		{quality.NoWorse(), quality.Within(1), judge.Spec{Name: "quality.NoWorse", Kind: judge.ScoreNoWorse, Action: judge.Report, Lo: -1, Hi: 3}},
+		{route.Within(0.1).OnFail(Hold), Gate{}, judge.Spec{Name: "route.Within(0.1)", Kind: judge.MixWithin, Margin: .1, Action: judge.Hold, Labels: labels}},
+		{route.NoChange(), Gate{}, judge.Spec{Name: "route.NoChange", Kind: judge.MixNoChange, Action: judge.Rollback, Labels: labels}},
+		{route.NoChange(), route.Within(0.1), judge.Spec{Name: "route.NoChange", Kind: judge.MixNoChange, Action: judge.Report, Labels: labels}},
+		{route.NoChange().OnFail(StepBack), route.Within(0.1), judge.Spec{Name: "route.NoChange", Kind: judge.MixNoChange, Action: judge.StepBack, Labels: labels}},
+	} {
+		gates := []Gate{c.g}
+		if c.other.name != "" {
+			gates = append(gates, c.other)
+		}
+		c.want.Metric, _, _ = strings.Cut(c.want.Name, ".")
+		if diff := cmp.Diff(c.want, specs(gates)[0]); diff != "" {
+			t.Errorf("%s: %s", c.g.Name(), diff)
+		}
+		p := validPolicy()
+		p.Gates = append(p.Gates, gates...)
+		if err := p.Validate(); err != nil {
+			t.Errorf("%s: %v", c.g.Name(), err)
+		}
+	}
+	p := validPolicy() // which has one gate of a quantile
+	p.Gates = append(p.Gates, append(marksOf(5), Latency.NoWorse(), Latency.Quantile(.9).AtMost(time.Second))...)
+	p.Without = []string{GuardSplit, GuardNoOutcome}
+	if err := p.Validate(); err != nil {
+		t.Error("eight marks, equal ones shared:", err)
+	}
+}
+
+// What Validate counts as a timing's marks is what the judge makes of its gates.
+func TestMarksAreTheJudges(t *testing.T) {
+	gates := append(marksOf(3), Latency.NoWorse(), Latency.Quantile(.99).WithinFactor(1.2), Latency.Quantile(.99).WithinFactor(1.199), Latency.Quantile(.9).AtMost(time.Second))
+	j, err := judge.New(specs(gates), judge.Risk{FalseRollback: .01, FalsePromotion: .05})
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[mark]bool{}
+	for _, g := range gates {
+		for _, m := range g.marks() {
+			all[m] = true
+		}
+	}
+	if got := j.Marks("latency"); len(got) != len(all) {
+		t.Errorf("%v, not %v", all, got)
+	}
+	for _, m := range j.Marks("latency") {
+		if !all[mark{m.Quantile, m.Shift, m.Cell}] {
+			t.Errorf("%v is not among %v", m, all)
+		}
+	}
+}
+
+// The guards that are on follow the policy's gates, and are part of what makes a policy another one.
+func TestGuards(t *testing.T) {
+	p := validPolicy()
+	if g := p.guards(); len(g) != 2 || g[0].Name != GuardNoOutcome || g[0].Action != judge.Rollback || g[1].Name != GuardSplit || g[1].Action != judge.Hold {
+		t.Errorf("%+v", g)
+	}
+	p.Without = []string{GuardNoOutcome}
+	if g := p.guards(); len(g) != 1 || g[0].Name != GuardSplit {
+		t.Errorf("%+v", g)
+	}
+	r := Must("guards", validPolicy(), nil)
+	specs := r.plan.Judge.Specs()
+	for _, s := range r.plan.Stages {
+		if len(s.Armed) != len(specs) {
+			t.Errorf("%s: %d of %d gates", s.Name, len(s.Armed), len(specs))
+		}
+		for i, armed := range s.Armed {
+			if i >= len(r.gates) && !armed {
+				t.Errorf("%s: %s is not armed", s.Name, specs[i].Name)
+			}
+		}
+	}
+	q := validPolicy()
+	q.Independent = true
+	if Must("guards", q, nil).plan.Policy == r.plan.Policy {
+		t.Error("Independent makes no other policy")
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -35,7 +36,7 @@ func TestInstruments(t *testing.T) {
 			"rollout.decisions": {"counter {decision}", "feature_flag.key feature_flag.result.variant rollout.ring", 2 * 2},
 			"rollout.outcomes": {"counter {outcome}", "feature_flag.key feature_flag.result.variant rollout.metric rollout.outcome rollout.ring, " +
 				"feature_flag.key feature_flag.result.variant rollout.metric rollout.ring", 2 * 2 * (2 + 1 + 2)},
-			"rollout.dropped":       {"counter {item}", "feature_flag.key rollout.reason", 4},
+			"rollout.dropped":       {"counter {item}", "feature_flag.key rollout.reason", 5},
 			"rollout.share":         {"gauge %", "feature_flag.key rollout.ring", 2},
 			"rollout.stage":         {"gauge {stage}", "feature_flag.key", 1},
 			"rollout.state":         {"gauge {state}", "feature_flag.key rollout.state", 7},
@@ -181,10 +182,54 @@ func TestDropped(t *testing.T) {
 		}
 		d.Record(rollout.Errors.Observe(true), rollout.Latency.Observe(1), refunds.Observe(false))
 		got := mp.read(t).of("rollout.dropped")
-		for reason, want := range map[string]float64{"no unit": 1, "unknown metric": 2, "late": 3, "slow subscriber": 0} {
+		for reason, want := range map[string]float64{"no unit": 1, "unknown metric": 2, "late": 3, "invalid": 0, "slow subscriber": 0} {
 			if n := got["feature_flag.key=checkout rollout.reason="+reason]; n != want {
 				t.Errorf("%s is %v, want %v: %v", reason, n, want, got)
 			}
+		}
+	})
+}
+
+// Of a mix the label is told, of a score how many there were; what is not a number is dropped.
+func TestScoresAndMixes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		mp := newReader()
+		quality, route := rollout.NewScore("quality", 0, 1), rollout.NewMix("route", "search", "answer")
+		r := rollout.Must("kinds", rollout.Policy{
+			Stages: rollout.Percentages(50, 100), Bake: time.Minute, Gates: []rollout.Gate{rollout.Errors.AtMost(10)},
+			Metrics: []rollout.Metric{quality, route},
+		}, &rollout.Options{MeterProvider: mp, Logger: slog.New(slog.DiscardHandler)})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- r.Run(ctx) }()
+		synctest.Wait()
+		for i := range 50 {
+			r.Decide(rollout.Unit{Key: fmt.Sprint(i)}).Record(quality.Observe(.3), quality.Observe(math.NaN()), route.Observe("answer"), route.Observe("a new one"))
+		}
+		got := mp.read(t)
+		for what, want := range map[string]float64{
+			"rollout.metric=quality":                      50,
+			"rollout.metric=route rollout.outcome=search": 0,
+			"rollout.metric=route rollout.outcome=answer": 50,
+			"rollout.metric=route rollout.outcome=other":  50,
+			"rollout.metric=errors rollout.outcome=good":  0,
+		} {
+			n, series := 0.0, 0
+			for key, v := range got.of("rollout.outcomes") {
+				if strings.Contains(key, what+" rollout.ring=") {
+					n, series = n+v, series+1
+				}
+			}
+			if n != want || series != 2 {
+				t.Errorf("%s: %v in %d series, want %v in 2: %v", what, n, series, want, got.of("rollout.outcomes"))
+			}
+		}
+		if n := got.of("rollout.dropped")["feature_flag.key=kinds rollout.reason=invalid"]; n != 50 {
+			t.Errorf("%v are invalid", n)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
 		}
 	})
 }
