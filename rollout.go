@@ -68,7 +68,10 @@ type Rollout struct {
 	o           Options
 	store       Store
 	shared      bool
-	incarnation string // of this Rollout: one life of one process
+	incarnation string           // of this Rollout: one life of one process
+	now         func() time.Time // the control path's clock; a rehearsal has one of its own
+	virtual     bool             // a rehearsal: time stands still while a callback runs
+	dither      func() uint32    // even chances for scores; nil: of the process
 
 	snap    atomic.Pointer[snapshot] // what decisions see
 	running atomic.Bool
@@ -137,7 +140,7 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	}
 	r := &Rollout{
 		name: name, policy: p.withDefaults(name), o: opts,
-		store: opts.Store, shared: opts.Store != nil,
+		store: opts.Store, shared: opts.Store != nil, now: time.Now,
 		wake: make(chan struct{}, 1), hint: make(chan struct{}, 1), queued: make(chan struct{}, 1),
 		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{},
 	}
