@@ -28,8 +28,13 @@ func ExampleRun() {
 		fmt.Println(err)
 		return
 	}
-	fmt.Print(report)
-	// Output: x
+	fmt.Println(report.State, "by", report.Incident.Gate)
+	fmt.Println("in the stage", report.Stage)
+	fmt.Println("exposed fewer than 5,000 users:", report.Exposed < 5000)
+	// Output:
+	// rolled back by errors.Within(1)
+	// in the stage everyone 25 %
+	// exposed fewer than 5,000 users: true
 }
 
 // Two versions answered the same questions, and somebody wrote down which answers were wrong.
@@ -53,8 +58,8 @@ func ExampleReplay() {
 		fmt.Println(err)
 		return
 	}
-	fmt.Println(report.State, "by", report.Incident.Gate, "after", report.Candidate, "answers of the candidate")
-	// Output: x
+	fmt.Println(report.State, "by", report.Incident.Gate)
+	// Output: rolled back by wrong.Within(5)
 }
 
 // Any function of a request is a model: this one has cold caches, so the first request of each unit is slow.
@@ -79,5 +84,5 @@ func ExampleModel() {
 		return
 	}
 	fmt.Println(report.State, "by", report.Incident.Gate)
-	// Output: x
+	// Output: rolled back by latency.Quantile(0.99).WithinFactor(1.5)
 }

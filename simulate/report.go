@@ -104,9 +104,9 @@ func (rep Report) String() string {
 		if g.Metric != "" {
 			fmt.Fprintf(&b, "  candidate %s, control %s", estimate(g.Candidate), estimate(g.Control))
 		}
-		if g.Cause != "" {
+		if told := rep.Incident != nil && rep.Incident.Note == g.Cause; g.Cause != "" && !told {
 			fmt.Fprintf(&b, "; %s", g.Cause)
-		} else if g.Missing != "" {
+		} else if g.Missing != "" && g.Cause == "" {
 			fmt.Fprintf(&b, "; %s", g.Missing)
 		}
 		b.WriteByte('\n')

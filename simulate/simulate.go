@@ -11,6 +11,18 @@
 //	}, nil)
 //	fmt.Print(report)
 //
+// prints a timeline such as
+//
+//	checkout-v2: rolled back after 21m25s
+//	         0s  started
+//	         0s  stage entered: staff 100 %
+//	      10m5s  stage entered: everyone 5 %
+//	      ...
+//	     21m25s  rollback began: errors.Within(1): the candidate's rate is ... more than 1 points worse
+//	     21m25s  rollback done
+//	  exposed    3051 of 256802 requests, 1010 units
+//	  gate       errors.Within(1)  unhealthy     candidate ..., control ...
+//
 // What decides is not a model of the library but the library: the same Decide, Record, ticks, gates and state as in
 // [rollout.Rollout.Run], in one process, with a Store in memory and a clock that stands still between ticks. An hour takes a
 // second or so. The same seed, policy and traffic give the same report, as long as Checks, MayAdvance and an Operator
