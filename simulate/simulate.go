@@ -13,15 +13,16 @@
 //
 // prints a timeline such as
 //
-//	checkout-v2: rolled back after 21m25s
+//	checkout-v2: rolled back after 20m30s
 //	         0s  started
 //	         0s  stage entered: staff 100 %
 //	      10m5s  stage entered: everyone 5 %
-//	      ...
-//	     21m25s  rollback began: errors.Within(1): the candidate's rate is ... more than 1 points worse
-//	     21m25s  rollback done
-//	  exposed    3051 of 256802 requests, 1010 units
-//	  gate       errors.Within(1)  unhealthy     candidate ..., control ...
+//	     20m10s  stage entered: everyone 25 %
+//	     20m30s  rollback began: errors.Within(1): the candidate's rate is 1.45 % (165 of 11408), ...
+//	     20m30s  rollback done
+//	  incident   candidate 165 of 11408 (1.45 %), control 1155 of 115687 (1.00 %)
+//	  exposed    11482 of 246584 requests, 1296 units
+//	  gate       errors.Within(1)  unhealthy     candidate 165 of 11408 (1.45 %), control 1155 of 115687 (1.00 %)
 //
 // What decides is not a model of the library but the library: the same Decide, Record, ticks, gates and state as in
 // [rollout.Rollout.Run], in one process, with a Store in memory and a clock that stands still between ticks. An hour takes a

@@ -7,7 +7,9 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stagedrollout/rollout"
@@ -505,5 +507,69 @@ func TestReplayHorizon(t *testing.T) {
 	rep, err := simulate.Replay(t.Context(), "test", half(), slices.Values(aa(4000)), &simulate.Options{Horizon: time.Minute})
 	if err != nil || rep.End != time.Minute || rep.Requests != 60 {
 		t.Error(rep, err)
+	}
+}
+
+// Rehearsals share nothing, whatever they are rehearsals of.
+func TestAtTheSameTime(t *testing.T) {
+	p, tr := policy(), everything()
+	reports := make([]simulate.Report, 4)
+	var all sync.WaitGroup
+	for i := range reports {
+		all.Go(func() { reports[i] = run(t, p, tr, &simulate.Options{Seed: 1, Horizon: 10 * time.Minute}) })
+	}
+	all.Wait()
+	for _, rep := range reports {
+		if asJSON(t, rep) != asJSON(t, reports[0]) {
+			t.Errorf("%v\nand\n%v", rep, reports[0])
+		}
+	}
+}
+
+// A Check that does not return ends the rehearsal: how often it would be asked depends on real time.
+func TestCheckHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		back := make(chan struct{})
+		defer close(back)
+		p := policy()
+		p.Gates = append(p.Gates, rollout.Check("slow", func(context.Context) (rollout.Verdict, error) {
+			<-back
+			return rollout.Healthy, nil
+		}))
+		_, err := simulate.Run(t.Context(), "test", p, errorsAt(simulate.Always(1), nil), nil)
+		if err == nil || !strings.Contains(err.Error(), `"slow" gave no answer`) {
+			t.Error(err)
+		}
+	})
+}
+
+// MayAdvance that is slow in real time is waited for: virtual time stands still.
+func TestMayAdvanceTakesItsTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := policy()
+		p.MayAdvance = func(time.Time) bool {
+			time.Sleep(30 * time.Second)
+			return true
+		}
+		rep := run(t, p, errorsAt(simulate.Always(1), nil), &simulate.Options{MayAdvance: true})
+		if rep.State != rollout.Completed || rep.Stages[0].Entered != 0 {
+			t.Error(rep)
+		}
+	})
+}
+
+// A stage that climbs, a hold and a gate that only reports are told.
+func TestTimeline(t *testing.T) {
+	p := policy()
+	p.Stages = []rollout.Stage{{Percent: 50, Over: 8 * time.Minute}, {Percent: 100}}
+	p.Gates = []rollout.Gate{rollout.Errors.Within(2).OnFail(rollout.Hold), rollout.Errors.AtMost(3).OnFail(rollout.Report)}
+	rep := run(t, p, errorsAt(simulate.Always(1), simulate.Always(1).After(4*time.Minute, simulate.Always(20))), &simulate.Options{Horizon: 20 * time.Minute})
+	if rep.State != rollout.Held || rep.End != 20*time.Minute || !strings.Contains(rep.Note, "errors.Within(2)") {
+		t.Error(rep)
+	}
+	for _, want := range []string{"test v2: still held after 20m0s", "climbed: everyone ", "gate broken: errors.AtMost(3)", "held: errors.Within(2)"} {
+		if !strings.Contains(rep.String(), want) {
+			t.Errorf("%q is not in\n%s", want, rep)
+		}
 	}
 }
