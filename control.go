@@ -17,14 +17,14 @@ type intent struct {
 
 // tick is one evaluation: load, square, judge, store, follow. In the last one of a Run every block closes.
 func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
-	r.turnSlot(time.Now())
+	r.turnSlot(r.now())
 	for range 4 {
 		l, err := r.latest(ctx)
 		if err != nil {
 			r.cutOff(ctx, c)
 			return
 		}
-		c.loaded = time.Now()
+		c.loaded = r.now()
 		if c.doubt != nil {
 			if !r.settle(ctx, c, l) {
 				return
@@ -35,7 +35,7 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 			r.follow(l.stored, l.standing, nil)
 			return
 		}
-		k, next := &cut{at: time.Now()}, l.st
+		k, next := &cut{at: r.now()}, l.st
 		if l.standing == machine.Current {
 			k = r.cutFor(l.st, last)
 			if c.gen != 0 && c.gen != l.st.Gen {
@@ -155,7 +155,7 @@ func (r *Rollout) cutFor(st *machine.State, last bool) *cut {
 	r.mu.Lock()
 	ledgers := r.ledgers
 	r.mu.Unlock()
-	k := &cut{at: time.Now(), reasons: r.rationales()}
+	k := &cut{at: r.now(), reasons: r.rationales()}
 	for _, l := range ledgers {
 		if l.snap.gen == st.Gen {
 			l.cut(k, st, last)
@@ -195,7 +195,11 @@ func (r *Rollout) mayAdvance(ctx context.Context, now time.Time) bool {
 	if !r.asking.CompareAndSwap(false, true) {
 		return false // it has not come back from the last time
 	}
-	ctx, cancel := context.WithTimeout(ctx, r.o.Interval)
+	wait := r.o.Interval
+	if r.virtual {
+		wait = time.Minute // of real time, in which no tick passes
+	}
+	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	ok, err := guard(ctx, 0, func(context.Context) (bool, error) {
 		defer r.asking.Store(false)
@@ -212,7 +216,7 @@ func (r *Rollout) mayAdvance(ctx context.Context, now time.Time) bool {
 func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 	r.mu.Lock()
 	st, standing := r.known, r.standing
-	if r.o.Lease > 0 && time.Since(c.loaded) > r.o.Lease && !r.stale {
+	if r.o.Lease > 0 && r.now().Sub(c.loaded) > r.o.Lease && !r.stale {
 		r.stale = true
 		r.publishLocked()
 	}

@@ -88,7 +88,7 @@ func (e Event) MarshalJSON() ([]byte, error) {
 
 func (r *Rollout) event(st *machine.State, e machine.Event) Event {
 	return Event{
-		Time: time.Now(), Kind: EventKind(e.Kind), Name: r.name, Stage: e.Stage, Ring: e.Ring, Gate: e.Gate, Note: e.Note,
+		Time: r.now(), Kind: EventKind(e.Kind), Name: r.name, Stage: e.Stage, Ring: e.Ring, Gate: e.Gate, Note: e.Note,
 		From: State(e.From), To: State(e.To), Generation: st.Gen, Percent: Percent(st.Shares[e.Ring]),
 		Incident: r.incidentOf(e.Incident),
 	}

@@ -4,14 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"math"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"pgregory.net/rapid"
-
-	"github.com/stagedrollout/rollout/internal/machine"
 )
 
 // usual is traffic of so many requests a second, as simulate has it.
@@ -31,59 +28,6 @@ func forecast(t *testing.T, p Policy, tr Traffic) Forecast {
 		t.Fatal(err)
 	}
 	return f
-}
-
-// TestForecastOfSimulatedPolicy compares the forecast with whole policies in virtual time, of -sim.runs runs each. Times
-// are compared within 20 %, what takes six bakes of ten minutes within 3 %. Requests come five times as fast once a stage
-// is entered, so of these the planned median must be no further out than 3 and 7 of 10 runs, and two standard errors.
-func TestForecastOfSimulatedPolicy(t *testing.T) {
-	runs := *simRuns
-	if raced {
-		runs /= 4
-	}
-	now := judging{} // by the rules of the judge that is simulated: no tempering, no guards, one pool
-	for _, c := range []struct {
-		rate   float64
-		points Percent
-	}{{5, 3}, {20, 3}, {200, 3}, {20, 6}} {
-		tr := usual(c.rate)
-		tr.Worse = map[string]Worsening{"errors": {Points: c.points}}
-		f, err := checkout().forecast(tr, now)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var good, bad []float64
-		var requests []float64
-		for seed := range runs {
-			end := simulate(t, checkout(), traffic{rate: c.rate, errors: [2]float64{.01, .01}, horizon: 24 * time.Hour}, uint64(seed))
-			if end.phase == machine.Completed {
-				good = append(good, end.after.Seconds())
-			}
-			end = simulate(t, checkout(), traffic{rate: c.rate, errors: [2]float64{.01, .01 + float64(c.points)/100}, horizon: 24 * time.Hour}, uint64(seed))
-			bad, requests = append(bad, end.after.Seconds()), append(requests, float64(end.candidate))
-		}
-		for _, v := range [][]float64{good, bad, requests} {
-			slices.Sort(v)
-		}
-		line := func(what string, planned, got, off float64) {
-			t.Logf("%g rps, +%g points: %s %.0f planned, %.0f simulated: %.2f", c.rate, float64(c.points), what, planned, got, planned/got)
-			if !(planned < got*(1+off) && planned > got/(1+off)) {
-				t.Errorf("%s is off by more than %g", what, off)
-			}
-		}
-		off := .03
-		if c.rate < 20 {
-			off = .2
-		}
-		line("a good release, seconds,", f.Duration.P50.Seconds(), good[len(good)/2], off)
-		line("a bad one, seconds,", f.Catch.Time.P50.Seconds(), bad[runs/2], .2)
-		below, _ := slices.BinarySearch(requests, f.Catch.Requests.P50)
-		t.Logf("%g rps, +%g points: a bad one, requests, %.0f planned, %.0f simulated; %d of %d had less than planned",
-			c.rate, float64(c.points), f.Catch.Requests.P50, requests[runs/2], below, runs)
-		if rank := float64(below) / float64(runs); math.Abs(rank-.5) > .2+1/math.Sqrt(float64(runs)) {
-			t.Errorf("%.2f of the runs had less requests than half should have had", rank)
-		}
-	}
 }
 
 // More traffic never takes longer, a wider margin neither, and nine of ten never less than half.

@@ -1,6 +1,6 @@
 //go:build race
 
-package rollout
+package rollout_test
 
 // raced: the race detector is on and everything takes several times as long.
 const raced = true

@@ -152,7 +152,7 @@ func (r *Rollout) endAttempt(ctx context.Context, st *machine.State, i int, caus
 			if s.Gen != st.Gen || s.Term != st.Term {
 				return nil, nil
 			}
-			return machine.EndAttempt(s, r.plan, time.Now(), i, cause, giveUp), nil
+			return machine.EndAttempt(s, r.plan, r.now(), i, cause, giveUp), nil
 		})
 		if err == nil {
 			return cause != "" && !giveUp

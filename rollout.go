@@ -72,11 +72,13 @@ type Rollout struct {
 	o           Options
 	store       Store
 	shared      bool
-	incarnation string // of this Rollout: one life of one process
+	incarnation string           // of this Rollout: one life of one process
+	now         func() time.Time // the control path's clock; a rehearsal has one of its own
+	virtual     bool             // a rehearsal: time stands still while a callback runs
+	dither      func() uint32    // even chances for scores; nil: of the process
 
 	snap    atomic.Pointer[snapshot] // what decisions see
 	slot    atomic.Uint32            // the present slot of time, from 1
-	dither  func() uint32            // even chances for scores; nil: of the process
 	guards  struct{ silence, split bool }
 	running atomic.Bool
 	wake    chan struct{} // asks Run for a tick now
@@ -150,7 +152,7 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	}
 	r := &Rollout{
 		name: name, policy: p.withDefaults(name), o: opts,
-		store: opts.Store, shared: opts.Store != nil,
+		store: opts.Store, shared: opts.Store != nil, now: time.Now,
 		wake: make(chan struct{}, 1), hint: make(chan struct{}, 1), queued: make(chan struct{}, 1),
 		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{},
 	}

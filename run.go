@@ -102,15 +102,20 @@ func waitFor(g *sync.WaitGroup) {
 	}
 }
 
-// loop ticks until ctx ends.
-func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
-	now := time.Now()
+// startClock is where the time of a Run begins.
+func (r *Rollout) startClock() {
+	now := r.now()
 	// What was cut and not stored for certain is still in doubt, and a sequence number never repeats.
 	r.clock = clock{stepped: now, stored: now, loaded: now, gen: r.clock.gen, seq: r.clock.seq, doubt: r.clock.doubt}
 	r.mu.Lock()
 	r.checks = map[string]judge.CheckResult{} // old answers prove nothing
 	r.readings = map[string]*sourceReading{}
 	r.mu.Unlock()
+}
+
+// loop ticks until ctx ends.
+func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
+	r.startClock()
 	ticker := time.NewTicker(r.o.Interval)
 	defer ticker.Stop()
 	steps := make(chan struct{}, 1)
@@ -176,14 +181,14 @@ func (r *Rollout) stepsToRun() (run, idle bool) {
 		return false, false
 	}
 	if now := (rival{gen: st.Gen, term: st.Term, beat: st.Beat, since: r.rival.since}); now != r.rival {
-		now.since = time.Now()
+		now.since = r.now()
 		r.rival = now
 	}
 	_, have := r.step(name)
 	if have && (st.Runner == "" || st.Runner == r.incarnation) {
 		return true, false
 	}
-	return time.Since(r.rival.since) >= r.stepsPatience(have), true
+	return r.now().Sub(r.rival.since) >= r.stepsPatience(have), true
 }
 
 // watch passes the Store's hints on to the loop.
@@ -226,7 +231,7 @@ func (r *Rollout) verb(ctx context.Context, v machine.Verb) error {
 				return nil, fmt.Errorf("%w: %q, not %q; or another policy of it is in force", ErrVersion, st.Version, r.plan.Version)
 			}
 		}
-		v.Now, v.Nonce = time.Now(), randomText()
+		v.Now, v.Nonce = r.now(), randomText()
 		events, err := machine.Apply(st, r.plan, v)
 		if err != nil {
 			return nil, fmt.Errorf("rollout: %s: %w", v.Name, err)

@@ -158,7 +158,7 @@ func (r *Rollout) readSource(ctx context.Context, metric string) {
 	if asked.Err() != nil {
 		err = fmt.Errorf("no answer within %v", r.checkTimeout())
 	}
-	next := &sourceReading{at: time.Now(), rings: map[string][2][]float64{}}
+	next := &sourceReading{at: r.now(), rings: map[string][2][]float64{}}
 	id := r.metricNamed(metric)
 	for _, s := range all {
 		if err != nil {

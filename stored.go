@@ -82,7 +82,10 @@ func (r *Rollout) swap(ctx context.Context, st *machine.State, old uint64) (land
 		return false, err
 	}
 	landed, err = use(ctx, r, func(ctx context.Context) (bool, error) {
-		_, swapped, err := r.store.CompareAndSwap(ctx, r.key(), old, doc)
+		rev, swapped, err := r.store.CompareAndSwap(ctx, r.key(), old, doc)
+		if swapped && r.virtual {
+			r.decoded.Store(&decoded{st, rev}) // nobody else writes, and reading it again would take most of the time
+		}
 		return swapped, err
 	})
 	if err == nil {
@@ -129,13 +132,13 @@ func (r *Rollout) latest(ctx context.Context) (look, error) {
 		l.st, l.dirty = machine.New(r.name, r.plan, randomText()), true
 	case stored == nil, known != nil && older(stored, known):
 		r.logger().Error("rollout: the Store went back to an older state; what was known is joined with it", "rollout", r.name)
-		l.st, l.events = machine.Rejoin(stored, known, r.plan, randomText(), time.Now())
+		l.st, l.events = machine.Rejoin(stored, known, r.plan, randomText(), r.now())
 		l.dirty = true
 	default:
 		l.st = stored.Clone()
 	}
 	if intent != nil && (intent.gen == 0 || intent.gen == l.st.Gen) {
-		more, err := machine.Apply(l.st, r.plan, machine.Verb{Name: machine.VerbRollback, Note: intent.note, Incident: intent.incident, Now: time.Now()})
+		more, err := machine.Apply(l.st, r.plan, machine.Verb{Name: machine.VerbRollback, Note: intent.note, Incident: intent.incident, Now: r.now()})
 		if err == nil && len(more) > 0 {
 			l.events = append(l.events, more...)
 			l.standing, l.dirty = machine.Stands(l.st, r.plan), true
@@ -147,7 +150,7 @@ func (r *Rollout) latest(ctx context.Context) (look, error) {
 		return l, nil
 	}
 	ver := l.st.Ver
-	standing, more := machine.Adopt(l.st, r.plan, randomText(), time.Now())
+	standing, more := machine.Adopt(l.st, r.plan, randomText(), r.now())
 	l.standing, l.events = standing, append(l.events, more...)
 	l.dirty = l.dirty || l.st.Ver != ver
 	return l, nil
@@ -163,7 +166,7 @@ func (r *Rollout) yields(st *machine.State) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	own := st.Version != r.plan.Version || st.Policy == r.plan.Policy && st.Assignment == r.plan.Assignment
-	return !own && r.ruled && time.Since(r.moved) < r.patience()
+	return !own && r.ruled && r.now().Sub(r.moved) < r.patience()
 }
 
 // older reports whether state a was left behind by b.
@@ -178,10 +181,10 @@ func (r *Rollout) noteStore(err error) {
 	switch {
 	case err != nil && was == nil:
 		r.logger().Error("rollout: the Store cannot be used; the present shares stay and nothing advances", "rollout", r.name, "err", err)
-		r.emit(nil, Event{Time: time.Now(), Kind: StoreFailed, Name: r.name, Err: err})
+		r.emit(nil, Event{Time: r.now(), Kind: StoreFailed, Name: r.name, Err: err})
 	case err == nil && was != nil:
 		r.logger().Info("rollout: the Store is back", "rollout", r.name)
-		r.emit(nil, Event{Time: time.Now(), Kind: StoreBack, Name: r.name})
+		r.emit(nil, Event{Time: r.now(), Kind: StoreBack, Name: r.name})
 	}
 }
 
@@ -233,10 +236,10 @@ func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []
 	r.mu.Lock()
 	if r.known == nil || !older(st, r.known) {
 		if st.Writer != r.incarnation && (r.known == nil || st.Round != r.known.Round) {
-			r.adopted = time.Now()
+			r.adopted = r.now()
 		}
 		if r.known == nil || r.known.Round != st.Round || r.known.Gen != st.Gen {
-			r.moved = time.Now()
+			r.moved = r.now()
 		}
 		r.ruled = r.ruled || standing == machine.Current && st.Policy == r.plan.Policy
 		r.known, r.standing, r.stale = st, standing, false
@@ -336,7 +339,7 @@ func (r *Rollout) openLocked(s *snapshot) {
 		keep = append(keep, l)
 	}
 	if !s.never {
-		keep = append(keep, newLedger(s, time.Now()))
+		keep = append(keep, newLedger(s, r.now()))
 	}
 	r.ledgers = keep
 	r.snap.Store(s)
