@@ -40,7 +40,7 @@ func TestInstruments(t *testing.T) {
 			"rollout.share":         {"gauge %", "feature_flag.key rollout.ring", 2},
 			"rollout.stage":         {"gauge {stage}", "feature_flag.key", 1},
 			"rollout.state":         {"gauge {state}", "feature_flag.key rollout.state", 7},
-			"rollout.gate.evidence": {"gauge 1", "feature_flag.key rollout.gate", 3},
+			"rollout.gate.evidence": {"gauge 1", "feature_flag.key rollout.gate", 5},
 		} {
 			if got.instruments[name] != want.kind {
 				t.Errorf("%s is a %q, want %q", name, got.instruments[name], want.kind)
@@ -255,9 +255,9 @@ func TestEvidence(t *testing.T) {
 			t.Errorf("without outcomes it is %v", v)
 		}
 		before := 0.0
-		for range 1000 {
+		for tick := range 1000 {
 			for i := range 50 {
-				d := r.Decide(rollout.Unit{Key: fmt.Sprint(i), Groups: []string{"staff"}})
+				d := r.Decide(rollout.Unit{Key: fmt.Sprint(tick, i), Groups: []string{"staff"}})
 				d.Record(rollout.Errors.Observe(i%7 == 0 && d.Enabled()))
 			}
 			time.Sleep(5 * time.Second) // a tick
