@@ -3,6 +3,7 @@ package evalue
 import (
 	"encoding/json"
 	"math"
+	"math/rand/v2"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -243,11 +244,11 @@ func anyLogs(bets int) *rapid.Generator[Logs] {
 
 // The portfolio is the one of the definition: wealth by bet, multiplied by the
 // bet and then shared.
-func TestProcessIsItsDefinition(t *testing.T) {
+func TestBankIsItsDefinition(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		prior := NewPrior(rapid.SampledFrom([]float64{0, .2}).Draw(t, "cash"), 1, 2, 3)
 		wealth := append([]float64(nil), prior...)
-		var p Process
+		var p Bank
 		for b := range rapid.IntRange(1, 40).Draw(t, "blocks") {
 			var l Logs
 			sum := 0.
@@ -261,77 +262,124 @@ func TestProcessIsItsDefinition(t *testing.T) {
 			for k := range wealth {
 				wealth[k] += (prior[k]*sum - wealth[k]) / float64(720+b)
 			}
-			p.Update(prior, &l)
-			if math.Abs(p.LogE-math.Log(sum)) > 1e-9 {
-				t.Fatalf("after %d blocks log E is %g, not %g", b+1, p.LogE, math.Log(sum))
+			p.Update(prior, []Logs{l})
+			if math.Abs(p.Log(0)-math.Log(sum)) > 1e-5 { // parts are rounded
+				t.Fatalf("after %d blocks log E is %g, not %g", b+1, p.Log(0), math.Log(sum))
 			}
 		}
 	})
 }
 
 // Whatever is bet, the state stays finite and survives JSON bit by bit.
-func TestProcessIsStable(t *testing.T) {
+func TestBankIsStable(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		prior := RatioWorse(1).Prior
 		if rapid.Bool().Draw(t, "promotion") {
 			prior = DifferenceWithin(.01).Prior
 		}
-		var a, b Process
+		var a, b Bank
 		for range rapid.IntRange(1, 60).Draw(t, "blocks") {
 			l := anyLogs(len(prior)-1).Draw(t, "logs")
-			a.Update(prior, &l)
-			b.Update(prior, &l)
+			a.Update(prior, []Logs{l})
+			b.Update(prior, []Logs{l})
 			if rapid.Bool().Draw(t, "restart") {
 				text, err := json.Marshal(b)
 				if err != nil {
 					t.Fatal(err)
 				}
-				b = Process{}
+				b = Bank{}
 				if err := json.Unmarshal(text, &b); err != nil {
 					t.Fatal(err)
 				}
 			}
 			sum := 0.
 			for k, v := range a.Pi {
-				sum += v
+				sum += float64(v)
 				if !(v >= 0) || v != b.Pi[k] {
 					t.Fatalf("part %d is %g, after a restart %g", k, v, b.Pi[k])
 				}
 			}
-			if math.Abs(sum-1) > 1e-9 {
+			if math.Abs(sum-1) > 1e-5 {
 				t.Fatalf("the parts sum to %g", sum)
 			}
-			if a.LogE != b.LogE || a.Blocks != b.Blocks || math.IsNaN(a.LogE) || math.IsInf(a.LogE, 0) {
-				t.Fatalf("log E is %g, after a restart %g", a.LogE, b.LogE)
+			if x := a.Log(0); x != b.Log(0) || a.Blocks != b.Blocks || math.IsNaN(x) || math.IsInf(x, 0) {
+				t.Fatalf("log E is %g, after a restart %g", x, b.Log(0))
 			}
 		}
 	})
 }
 
-func TestProcessHealsDamage(t *testing.T) {
-	for _, pi := range [][]float64{nil, {1}, make([]float64, 9), make([]float64, 30)} {
-		p := Process{LogE: 1, Pi: pi}
-		p.Update(RatioWorse(1).Prior, &Logs{})
-		p.Update(RatioWorse(1).Prior, &Logs{})
-		if math.Abs(p.LogE-1) > 1e-12 || len(p.Pi) != 9 || math.Abs(p.Pi[0]-.2) > 1e-12 {
-			t.Errorf("from %v: %+v", pi, p)
+func TestBankHealsDamage(t *testing.T) {
+	for _, b := range []Bank{{LogE: []float64{1}}, {LogE: []float64{1}, Pi: []float32{1}}, {LogE: []float64{1}, Pi: make([]float32, 30)}, {LogE: []float64{1, 2}, Pi: make([]float32, 18)}} {
+		b.Update(RatioWorse(1).Prior, make([]Logs, 1))
+		b.Update(RatioWorse(1).Prior, make([]Logs, 1))
+		if math.Abs(b.Log(0)) > 1e-6 || len(b.Pi) != 9 || math.Abs(float64(b.Pi[0])-.2) > 1e-6 {
+			t.Errorf("%+v", b)
 		}
+	}
+	zero := Bank{LogE: []float64{1}, Pi: make([]float32, 9)} // no wealth anywhere
+	zero.Update(RatioWorse(1).Prior, make([]Logs, 1))
+	if zero.Log(0) != 1 || math.Abs(float64(zero.Pi[0])-.2) > 1e-6 {
+		t.Errorf("%+v", zero)
 	}
 }
 
-func TestLogMean(t *testing.T) {
+// The rows of a Bank are processes of their own.
+func TestBankRows(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		prior := RatioWorse(1).Prior
+		var all Bank
+		each := make([]Bank, 3)
+		for range rapid.IntRange(1, 20).Draw(t, "blocks") {
+			rows := make([]Logs, len(each))
+			for r := range rows {
+				rows[r] = anyLogs(len(prior)-1).Draw(t, "logs")
+				each[r].Update(prior, rows[r:r+1])
+			}
+			all.Update(prior, rows)
+		}
+		for r := range each {
+			if all.Log(r) != each[r].Log(0) {
+				t.Fatalf("row %d is %g, alone %g", r, all.Log(r), each[r].Log(0))
+			}
+		}
+		if all.Log(99) != 0 {
+			t.Fatal("a row that is not there is something")
+		}
+	})
+}
+
+// FuzzBank: no text makes it panic, and what is taken is what is written.
+func FuzzBank(f *testing.F) {
+	var b Bank
+	b.Update(RatioWorse(1).Prior, make([]Logs, 16))
+	text, _ := b.MarshalText()
+	f.Add(text)
+	f.Add([]byte("AQAA"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var b Bank
+		if b.UnmarshalText(text) != nil {
+			return
+		}
+		again, err := b.MarshalText()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var c Bank
+		if err := c.UnmarshalText(again); err != nil || len(c.LogE) != len(b.LogE) {
+			t.Fatalf("%v: %v", again, err)
+		}
+		b.Update(RatioWorse(1).Prior, make([]Logs, 1))
+	})
+}
+
+func TestLogSum(t *testing.T) {
 	for _, c := range []struct {
-		ps   []Process
+		logs []float64
 		want float64
-	}{
-		{nil, 0},
-		{[]Process{{LogE: 3}}, 3},
-		{[]Process{{LogE: math.Log(3)}, {LogE: math.Log(5)}}, math.Log(4)},
-		{[]Process{{LogE: 1e9}, {LogE: -1e9}}, 1e9 - math.Ln2},
-		{[]Process{{LogE: -1e9}, {LogE: -1e9}}, -1e9},
-	} {
-		if got := LogMean(c.ps); math.Abs(got-c.want) > 1e-6 {
-			t.Errorf("LogMean(%v) = %g, want %g", c.ps, got, c.want)
+	}{{nil, 0}, {[]float64{3}, 3}, {[]float64{math.Log(3), math.Log(5)}, math.Log(4)}, {[]float64{1e9, -1e9}, 1e9 - math.Ln2}} {
+		if got := LogMean(c.logs); math.Abs(got-c.want) > 1e-6 {
+			t.Errorf("LogMean(%v) = %g, want %g", c.logs, got, c.want)
 		}
 	}
 	if got := LogSum([]float64{math.Log(2), math.Log(3)}); math.Abs(got-math.Log(5)) > 1e-12 {
@@ -339,6 +387,178 @@ func TestLogMean(t *testing.T) {
 	}
 	if !math.IsInf(LogSum(nil), -1) || !math.IsInf(LogSum([]float64{math.Inf(-1)}), -1) {
 		t.Error("LogSum of nothing is something")
+	}
+}
+
+// law draws a distribution over k values from 0 to 1, and its mean.
+func law(t *rapid.T, k int, name string) (w []float64, mean float64) {
+	total := 0.
+	for range k {
+		v := rapid.Float64Range(.001, 1).Draw(t, name)
+		w, total = append(w, v), total+v
+	}
+	for b := range w {
+		w[b] /= total
+		mean += w[b] * float64(b) / float64(k-1)
+	}
+	return w, mean
+}
+
+// each calls f with every way in which n outcomes of the law fall into cells, and
+// how likely it is.
+func each(n int, law []float64, f func(cells []uint64, p float64)) {
+	cells := make([]uint64, len(law))
+	var walk func(i int, p float64)
+	walk = func(i int, p float64) {
+		if i == n {
+			f(cells, p)
+			return
+		}
+		for b, w := range law {
+			cells[b]++
+			walk(i+1, p*w)
+			cells[b]--
+		}
+	}
+	walk(0, 1)
+}
+
+func TestMeanIsFair(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w, mean := law(t, 4, "law")
+		slack := unit().Draw(t, "slack")
+		for _, e := range []*Mean{MeanWorse(mean + (1-mean)*slack), MeanWithin(mean * slack)} {
+			worth := make([]float64, len(e.lambda))
+			each(rapid.IntRange(0, 4).Draw(t, "n"), w, func(cells []uint64, p float64) {
+				var l Logs
+				e.Logs(&l, cells)
+				for k := range worth {
+					worth[k] += p * math.Exp(l[k])
+				}
+			})
+			fair(t, worth)
+		}
+	})
+}
+
+func TestChangeIsFair(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		both, _ := law(t, 3, "law")
+		past := rapid.SliceOfN(rapid.Uint64Range(0, 50), 6, 6).Draw(t, "past")
+		e := NewChange()
+		q, s, pool := make([]float64, 3), make([]float64, 3), make([]float64, 3)
+		e.Estimate(q, s, pool, past[:3], past[3:])
+		worth := make([]float64, len(e.kappa))
+		n, m := rapid.IntRange(0, 3).Draw(t, "n"), rapid.IntRange(0, 3).Draw(t, "m")
+		each(n, both, func(c []uint64, p float64) {
+			each(m, both, func(d []uint64, p2 float64) {
+				var l Logs
+				e.Logs(&l, c, d, q, s, pool)
+				for k := range worth {
+					worth[k] += p * p2 * math.Exp(l[k])
+				}
+			})
+		})
+		fair(t, worth)
+	})
+}
+
+func TestOddsAreFair(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		share, units := rapid.Float64Range(.001, .999).Draw(t, "share"), size().Draw(t, "units")
+		e := NewOdds()
+		worth := make([]float64, len(e.odds))
+		for n, p := range binomial(units, share) {
+			var l Logs
+			e.Logs(&l, float64(n), float64(units-n), share)
+			for k := range worth {
+				worth[k] += p * math.Exp(l[k])
+			}
+		}
+		fair(t, worth)
+	})
+}
+
+// arm is what a Bernstein bet knows of a cohort whose mean was guessed.
+func arm(cells []uint64, guess float64) Arm {
+	a := Arm{Mean: guess, Var: .1}
+	for b, c := range cells {
+		v := float64(b) / float64(len(cells)-1)
+		a.N, a.S, a.S2 = a.N+float64(c), a.S+float64(c)*v, a.S2+float64(c)*v*v
+	}
+	return a
+}
+
+func TestBernsteinIsFair(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		pc, mc := law(t, 4, "candidate")
+		ps, ms := law(t, 4, "control")
+		gc, gs := unit().Draw(t, "guess"), unit().Draw(t, "guess of the control")
+		n, m := rapid.IntRange(0, 3).Draw(t, "n"), rapid.IntRange(0, 3).Draw(t, "m")
+		for _, within := range []bool{false, true} {
+			e := NewBernstein(mc-ms, within, false)
+			alone := NewBernstein(mc, within, true)
+			worth, level := make([]float64, len(e.lambda)), make([]float64, len(e.lambda))
+			each(n, pc, func(c []uint64, p float64) {
+				var l Logs
+				alone.Logs(&l, arm(c, gc), Arm{})
+				for k := range level {
+					level[k] += p * math.Exp(l[k])
+				}
+				each(m, ps, func(d []uint64, p2 float64) {
+					var l Logs
+					e.Logs(&l, arm(c, gc), arm(d, gs))
+					for k := range worth {
+						worth[k] += p * p2 * math.Exp(l[k])
+					}
+				})
+			})
+			fair(t, worth)
+			fair(t, level)
+		}
+	})
+}
+
+// The interval misses the true difference in at most one run of twenty, however
+// often it is looked at, and gets narrow.
+func TestBoundsCover(t *testing.T) {
+	const runs, blocks = 400, 300
+	for _, c := range []struct{ candidate, control float64 }{{.02, .01}, {.5, .5}, {0, 0}, {.3, .35}} {
+		missed, width := 0, 0.
+		for run := range runs {
+			r := rand.New(rand.NewPCG(uint64(run), 7))
+			var b Bounds
+			var past [2]Arm
+			miss := false
+			for range blocks {
+				var now [2]Arm
+				for i, p := range []float64{c.candidate, c.control} {
+					h := past[i]
+					now[i] = Arm{N: 20 + 30*float64(i), Mean: (h.S + .5) / (h.N + 1)}
+					now[i].Var = (.25 + max(h.S2-2*now[i].Mean*h.S+h.N*now[i].Mean*now[i].Mean, 0)) / (h.N + 1)
+					for range int(now[i].N) {
+						if r.Float64() < p {
+							now[i].S++
+							now[i].S2++
+						}
+					}
+					past[i].N, past[i].S, past[i].S2 = h.N+now[i].N, h.S+now[i].S, h.S2+now[i].S2
+				}
+				b.Difference(now[0], now[1])
+				lo, hi, ok := b.Interval(1)
+				miss = miss || !ok || lo > c.candidate-c.control || hi < c.candidate-c.control
+				width = hi - lo
+			}
+			if miss {
+				missed++
+			}
+		}
+		if float64(missed) > runs*.05+2*math.Sqrt(runs*.05*.95) {
+			t.Errorf("%+v: %d of %d missed", c, missed, runs)
+		}
+		if width > .25 {
+			t.Errorf("%+v: after 6,000 outcomes it is %g wide", c, width)
+		}
 	}
 }
 
@@ -378,13 +598,13 @@ func TestPriors(t *testing.T) {
 
 func TestUpdateAllocatesNothing(t *testing.T) {
 	r, d := RatioWorse(1), DifferenceBeyond(.005)
-	var p, q Process
+	var p, q Bank
 	update := func() {
 		var l Logs
 		r.Logs(&l, 50, 950, 1, 10)
-		p.Update(r.Prior, &l)
+		p.Update(r.Prior, []Logs{l})
 		d.Logs(&l, 50, 950, 1, 10, .01)
-		q.Update(d.Prior, &l)
+		q.Update(d.Prior, []Logs{l})
 	}
 	update()
 	if n := testing.AllocsPerRun(100, update); n != 0 {
@@ -394,27 +614,27 @@ func TestUpdateAllocatesNothing(t *testing.T) {
 
 func BenchmarkRatio(b *testing.B) {
 	r := RatioWorse(1)
-	var p Process
+	var p Bank
 	for b.Loop() {
 		var l Logs
 		r.Logs(&l, 50, 950, 1, 10)
-		p.Update(r.Prior, &l)
+		p.Update(r.Prior, []Logs{l})
 	}
 }
 
 func BenchmarkDifference(b *testing.B) {
 	d := DifferenceBeyond(.005)
-	var p Process
+	var p Bank
 	for b.Loop() {
 		var l Logs
 		d.Logs(&l, 50, 950, 1, 10, .01)
-		p.Update(d.Prior, &l)
+		p.Update(d.Prior, []Logs{l})
 	}
 }
 
 func BenchmarkDifferenceOf33(b *testing.B) {
 	d := DifferenceWorse()
-	var p Process
+	var p Bank
 	c, s := make([]uint64, 33), make([]uint64, 33)
 	for i := range c {
 		c[i], s[i] = uint64(i), uint64(20*i)
@@ -422,6 +642,6 @@ func BenchmarkDifferenceOf33(b *testing.B) {
 	for b.Loop() {
 		var l Logs
 		d.LogsCells(&l, c, s, .7)
-		p.Update(d.Prior, &l)
+		p.Update(d.Prior, []Logs{l})
 	}
 }

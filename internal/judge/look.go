@@ -113,7 +113,7 @@ func (j *Judge) tempered(g *gate, banks []evalue.Bank, in rings) float64 {
 			logs = append(logs, banks[i].Log(out)/(temper*in.dispersion(v, out, !g.Absolute())))
 		}
 	}
-	return evalue.LogSum(logs) - math.Log(float64(len(logs)))
+	return evalue.LogMean(logs)
 }
 
 // fault returns the ring that alone is at fault for what a group of gates found:
@@ -229,5 +229,5 @@ func (j *Judge) logProof(st *State, g *gate, s *Gate) float64 {
 		}
 		logs = append(logs, l)
 	}
-	return evalue.LogSum(logs) - math.Log(float64(len(logs)))
+	return evalue.LogMean(logs)
 }

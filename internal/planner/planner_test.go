@@ -93,7 +93,7 @@ func simulate(law Law, n, m, ticks, runs int, start func(run int) runner) []floa
 
 // judged is a gate alone, as the judge has it.
 func judged(t *testing.T, spec judge.Spec, proof bool) func(int) runner {
-	j, err := judge.New([]judge.Spec{spec}, judge.Risk{FalseRollback: .01, FalsePromotion: .05})
+	j, err := judge.New([]judge.Spec{spec}, judge.Risk{FalseRollback: .01, FalsePromotion: .05, Independent: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,6 +101,7 @@ func judged(t *testing.T, spec judge.Spec, proof bool) func(int) runner {
 		var st judge.State
 		return func(x, y []uint64) bool {
 			j.Consume(&st, judge.Block{Metric: spec.Metric, Ring: "everyone", Candidate: x, Control: y}, nil, proof)
+			j.Look(&st)
 			r := j.Assess(&st, nil)[0]
 			return proof && r.Proved || !proof && r.Verdict == judge.Unhealthy
 		}
@@ -110,19 +111,19 @@ func judged(t *testing.T, spec judge.Spec, proof bool) func(int) runner {
 // scored is a process of a score's difference alone.
 func scored(d *evalue.Difference, alpha float64) func(int) runner {
 	return func(int) runner {
-		var p evalue.Process
+		var p evalue.Bank
 		sum, n := 0., 0.
 		return func(x, y []uint64) bool {
 			if n > 0 {
 				var l evalue.Logs
 				d.LogsCells(&l, x, y, min(sum/n, 1))
-				p.Update(d.Prior, &l)
+				p.Update(d.Prior, []evalue.Logs{l})
 			}
 			for b, c := range y {
 				sum += float64(c) * float64(b) / float64(len(y)-1)
 				n += float64(c)
 			}
-			return p.LogE >= -math.Log(alpha)
+			return p.Log(0) >= -math.Log(alpha)
 		}
 	}
 }
@@ -131,7 +132,7 @@ func scored(d *evalue.Difference, alpha float64) func(int) runner {
 func changed(alpha float64) func(int) runner {
 	e := evalue.NewChange()
 	return func(int) runner {
-		var p evalue.Process
+		var p evalue.Bank
 		var c, s []uint64
 		return func(x, y []uint64) bool {
 			if c == nil {
@@ -141,13 +142,13 @@ func changed(alpha float64) func(int) runner {
 				q, u, both := make([]float64, len(x)), make([]float64, len(x)), make([]float64, len(x))
 				e.Estimate(q, u, both, c, s)
 				e.Logs(&l, x, y, q, u, both)
-				p.Update(e.Prior, &l)
+				p.Update(e.Prior, []evalue.Logs{l})
 			}
 			for b := range x {
 				c[b] += x[b]
 				s[b] += y[b]
 			}
-			return p.LogE >= -math.Log(alpha)
+			return p.Log(0) >= -math.Log(alpha)
 		}
 	}
 }
@@ -159,7 +160,7 @@ func tempered(alpha float64, groups int) func(int) runner {
 	return func(run int) runner {
 		r := rand.New(rand.NewPCG(uint64(run), 1))
 		ratio, diff := evalue.RatioWorse(1), evalue.DifferenceWorse()
-		var out [folds][2]evalue.Process
+		var out [folds][2]evalue.Bank
 		type counts struct{ n, x, m, y []float64 }
 		all := counts{make([]float64, groups), make([]float64, groups), make([]float64, groups), make([]float64, groups)}
 		past, events := 0., 0.
@@ -183,10 +184,10 @@ func tempered(alpha float64, groups int) func(int) runner {
 				}
 				var l evalue.Logs
 				ratio.Logs(&l, n, m, x, y)
-				out[f][0].Update(ratio.Prior, &l)
+				out[f][0].Update(ratio.Prior, []evalue.Logs{l})
 				if past > 0 {
 					diff.Logs(&l, n, m, x, y, events/past)
-					out[f][1].Update(diff.Prior, &l)
+					out[f][1].Update(diff.Prior, []evalue.Logs{l})
 				}
 			}
 			for g := range groups {
@@ -231,7 +232,7 @@ func tempered(alpha float64, groups int) func(int) runner {
 			if within > 0 {
 				d = max(1, between/within)
 			}
-			e := (math.Exp(out[worst][0].LogE/1.2/d) + math.Exp(out[worst][1].LogE/1.2/d)) / 2
+			e := (math.Exp(out[worst][0].Log(0)/1.2/d) + math.Exp(out[worst][1].Log(0)/1.2/d)) / 2
 			return e >= 1/alpha
 		}
 	}

@@ -11,7 +11,7 @@
 // 1/α with probability at most α (Ville's inequality).
 //
 // Engines ([Ratio], [Difference], [Level]) give the logarithms of a grid of
-// such bets in closed form. A [Process] spreads its wealth over the grid.
+// such bets in closed form. A [Bank] spreads the wealth of processes over the grid.
 package evalue
 
 import "math"
@@ -54,50 +54,6 @@ func even(n int) []float64 {
 	return w
 }
 
-// Process is an e-process: the wealth of a portfolio of bets that started at
-// 1. The zero value has not bet. It survives JSON bit by bit.
-type Process struct {
-	LogE   float64   `json:"logE"`             // natural logarithm of the wealth
-	Blocks uint64    `json:"blocks,omitempty"` // consumed
-	Pi     []float64 `json:"pi,omitempty"`     // parts of the wealth, as a Prior; empty: as the prior
-}
-
-// Update consumes one block. After it every part is moved towards the prior by
-// ε = 1/(720+b) at the b-th block, the fixed share of Herbster and Warmuth
-// (Tracking the Best Expert, 1998): without it the wealth of the bets dies
-// while all is well and a late regression is found late; with a constant ε it
-// leaks for ever. Only the first Update of a Process allocates.
-func (p *Process) Update(prior Prior, logs *Logs) {
-	if len(p.Pi) != len(prior) {
-		p.Pi = append(p.Pi[:0], prior...)
-	}
-	top := math.Inf(-1)
-	var f [MaxBets + 1]float64 // f[0] is cash: log 1
-	for k := range prior {
-		if k > 0 {
-			f[k] = clamp(logs[k-1])
-		}
-		if p.Pi[k] > 0 {
-			top = max(top, f[k])
-		}
-	}
-	sum := 0.
-	for k := range prior {
-		f[k] = p.Pi[k] * math.Exp(f[k]-top)
-		sum += f[k]
-	}
-	if !(sum > 0) { // no wealth anywhere: only a damaged state
-		p.Pi = append(p.Pi[:0], prior...)
-		return
-	}
-	p.LogE = clamp(p.LogE + top + math.Log(sum))
-	eps := 1 / (720 + float64(p.Blocks))
-	p.Blocks++
-	for k, w := range prior {
-		p.Pi[k] = (1-eps)*(f[k]/sum) + eps*w
-	}
-}
-
 // clamp keeps a logarithm finite. What is not a number is no evidence.
 func clamp(x float64) float64 {
 	if x != x {
@@ -106,25 +62,14 @@ func clamp(x float64) float64 {
 	return min(max(x, -limit), limit)
 }
 
-// LogMean returns the logarithm of the mean of the processes' wealth. A mean of
-// e-values is an e-value whatever their dependence, and the only admissible way
-// to merge them (Vovk and Wang, E-values, 2021). Of none it is 0.
-func LogMean(ps []Process) float64 {
-	switch len(ps) {
-	case 0:
+// LogMean returns the logarithm of the mean of what logs are the logarithms of. A
+// mean of e-values is an e-value whatever their dependence, and the only
+// admissible way to merge them (Vovk and Wang, E-values, 2021). Of none it is 0.
+func LogMean(logs []float64) float64 {
+	if len(logs) == 0 {
 		return 0
-	case 1:
-		return ps[0].LogE
 	}
-	top := math.Inf(-1)
-	for i := range ps {
-		top = max(top, ps[i].LogE)
-	}
-	sum := 0.
-	for i := range ps {
-		sum += math.Exp(ps[i].LogE - top)
-	}
-	return clamp(top + math.Log(sum/float64(len(ps))))
+	return LogSum(logs) - math.Log(float64(len(logs)))
 }
 
 // LogSum returns the logarithm of Σ exp(logs), -Inf of none.
