@@ -87,7 +87,7 @@ func (j *Judge) spread(st *State, g *gate, s *Gate) float64 {
 
 // estimates are what is shown of either cohort.
 func (g *gate) estimates(st *State, s *Gate) (candidate, control Estimate) {
-	c, m := s.tallies()
+	c, m := s.shown()
 	candidate, control = c.estimate(), m.estimate()
 	switch {
 	case g.Kind.timing():
@@ -102,8 +102,11 @@ func (g *gate) estimates(st *State, s *Gate) (candidate, control Estimate) {
 		}
 	case g.Kind.mix():
 		candidate.Mix, control.Mix = make([]uint64, len(g.Labels)), make([]uint64, len(g.Labels))
-		for _, mem := range st.Memory[g.Metric] {
+		for ring, mem := range st.Memory[g.Metric] {
 			for i := range g.Labels {
+				if s.Ring != "" && s.Ring != ring {
+					break
+				}
 				if i < len(mem.Mix[0]) && i < len(mem.Mix[1]) {
 					candidate.Mix[i] = saturate(candidate.Mix[i], mem.Mix[0][i])
 					control.Mix[i] = saturate(control.Mix[i], mem.Mix[1][i])

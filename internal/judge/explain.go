@@ -71,7 +71,7 @@ func (t Tally) moments(unit float64) (mean, variance float64) {
 
 // cause is the sentence that says what broke the gate.
 func (g *gate) cause(s *Gate) string {
-	c, m := s.tallies()
+	c, m := s.shown()
 	what := g.Metric
 	if s.Ring != "" {
 		what += " in " + s.Ring
@@ -139,7 +139,7 @@ func (g *gate) units(lo, hi float64) (float64, float64) {
 
 // summary is a sentence on how the cohorts compare, decided or not.
 func (g *gate) summary(st *State, s *Gate, r Result) string {
-	c, m := s.tallies()
+	c, m := s.shown()
 	if c.N == 0 || !g.Absolute() && m.N == 0 {
 		return ""
 	}
@@ -214,12 +214,23 @@ func (g *gate) score(t Tally) float64 {
 	return g.Hi - float64(t.X)*unit/float64(t.N)*(g.Hi-g.Lo)
 }
 
-// interval is the difference between the cohorts in every ring, or the
-// candidate's level.
+// shown are the outcomes of both cohorts: in the ring that is at fault, or in
+// every ring.
+func (s *Gate) shown() (candidate, control Tally) {
+	if p := s.Parts[s.Ring]; s.Ring != "" && p != nil {
+		return p.Candidate, p.Control
+	}
+	return s.tallies()
+}
+
+// interval is the difference between the cohorts in the ring that is at fault, or
+// in every ring; or the candidate's level.
 func (s *Gate) interval(dispersion float64) (lo, hi float64, ok bool) {
 	var all evalue.Bounds
 	for _, name := range s.rings() {
-		all.Add(s.Parts[name].Bounds)
+		if s.Ring == "" || s.Ring == name {
+			all.Add(s.Parts[name].Bounds)
+		}
 	}
 	return all.Interval(dispersion)
 }
