@@ -110,7 +110,8 @@ func (l *life) serve(seconds, bad int) {
 
 func (l *life) verb(t *rapid.T) {
 	ctx, r := context.Background(), l.r
-	stage, gen := r.Status().Stage.Name, r.Status().Generation
+	before := r.Status()
+	stage, gen := before.Stage.Name, before.Generation
 	var err error
 	switch verb := rapid.SampledFrom([]string{"rollback", "restart", "hold", "resume", "resume", "approve", "advance", "percent", "ring"}).Draw(t, "verb"); verb {
 	case "rollback":
@@ -118,8 +119,8 @@ func (l *life) verb(t *rapid.T) {
 		if l.latched = gen; served(r) {
 			t.Fatal("exposed after Rollback returned")
 		}
-		if err == nil && r.Status().Version == l.policy.Version {
-			l.rolled[l.policy.Version] = true
+		if after := r.Status(); err == nil && after.Generation == gen && after.Version == l.policy.Version {
+			l.rolled[l.policy.Version] = true // otherwise it was another one that Run has taken over from meanwhile
 		}
 	case "restart":
 		if err = r.Restart(ctx, "me"); err == nil {
