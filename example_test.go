@@ -564,3 +564,30 @@ func ExampleNewContext() {
 	// true
 	// false
 }
+
+// A load balancer's counters are judged instead of what this process records.
+func ExampleSourceFunc() {
+	balancer := rollout.SourceFunc(func(ctx context.Context, add func(metric, ring string, candidate bool, values []float64)) error {
+		// Ask the balancer here, with ctx. Values are cumulative: requests, and failed ones among them.
+		add("errors", "", false, []float64{28120, 282})
+		add("errors", "", true, []float64{1480, 31})
+		return nil
+	})
+	r, err := rollout.New("checkout-v2", rollout.Policy{
+		Stages: rollout.Percentages(5, 50, 100), Holdback: 5, Bake: time.Minute,
+		Gates: []rollout.Gate{rollout.Errors.Within(1), rollout.Errors.AtMost(10)},
+	}, &rollout.Options{Sources: map[string]rollout.Source{"errors": balancer}})
+	fmt.Println(r.Name(), err)
+	// Output: checkout-v2 <nil>
+}
+
+// A batch job writes its counters into a file.
+func ExampleFileSource() {
+	totals := rollout.FileSource("totals.jsonl") // {"metric": "errors", "cohort": "candidate", "values": [1480, 31]}
+	_, err := rollout.New("nightly", rollout.Policy{
+		Stages: rollout.Percentages(50, 100), Holdback: 10, Bake: time.Hour,
+		Gates: []rollout.Gate{rollout.Errors.Within(1), rollout.Errors.AtMost(10)},
+	}, &rollout.Options{Sources: map[string]rollout.Source{"latency": totals, "errors": totals}})
+	fmt.Println(err)
+	// Output: <nil>
+}
