@@ -82,6 +82,7 @@ type clock struct {
 	stored  time.Time // the last write
 	loaded  time.Time // the last successful load
 	gen     uint64    // of the last write
+	alarm   bool      // the tick is only for what must never happen
 	seq     uint64    // of the last cut
 	doubt   *doubt
 }
@@ -155,7 +156,7 @@ func (r *Rollout) cutFor(st *machine.State, last bool) *cut {
 	r.mu.Lock()
 	ledgers := r.ledgers
 	r.mu.Unlock()
-	k := &cut{at: r.now(), reasons: r.rationales()}
+	k := &cut{at: r.now(), reasons: r.rationales(), alarm: r.clock.alarm}
 	for _, l := range ledgers {
 		if l.snap.gen == st.Gen {
 			l.cut(k, st, last)

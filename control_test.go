@@ -252,6 +252,60 @@ func TestHang(t *testing.T) {
 	}
 }
 
+// TestAnyRecordIsAnOutcome: where the control records no Errors, whatever the candidate records is an answer.
+func TestAnyRecordIsAnOutcome(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t, "x", threeStages(), Options{})
+		for range 1200 {
+			time.Sleep(100 * time.Millisecond)
+			r.n++
+			if d := r.Decide(Unit{Key: fmt.Sprint(r.n)}); d.Enabled() {
+				d.Record(Errors.Observe(false), Latency.Observe(time.Millisecond))
+			} else {
+				d.Record(Latency.Observe(time.Millisecond))
+			}
+		}
+		if s := r.Status(); s.State != Running {
+			t.Errorf("%v: %+v", s.State, s.Incident)
+		}
+	})
+}
+
+// TestAlarm: what must never happen is acted on before the tick, once: an evaluation for each event would close blocks by
+// what their outcomes are, and write at every request.
+func TestAlarm(t *testing.T) {
+	for _, action := range []Action{Rollback, Hold, Report} {
+		synctest.Test(t, func(t *testing.T) {
+			p := threeStages()
+			violation := NewRate("violation")
+			p.Gates = append(p.Gates, violation.Never().OnFail(action))
+			store := MemStore()
+			r := start(t, "x", p, Options{Store: store, Interval: time.Minute})
+			r.serve(90*time.Second, 0, 0)
+			before := inStore(t, store).Round
+			for range 300 {
+				time.Sleep(10 * time.Millisecond)
+				r.n++
+				d := r.Decide(Unit{Key: fmt.Sprint(r.n)})
+				d.Record(Errors.Observe(false), violation.Observe(d.Enabled()))
+			}
+			synctest.Wait()
+			st := inStore(t, store)
+			if n := st.Round - before; n == 0 || n > 2 {
+				t.Errorf("%v: %d evaluations in three seconds", action, n)
+			}
+			if g := st.Gates.Gates[violation.Never().Name()]; g == nil || !g.Broken {
+				t.Errorf("%v: it is not broken", action)
+			}
+			time.Sleep(2 * time.Minute)
+			synctest.Wait()
+			if s := r.Status(); action == Report && s.State != Running {
+				t.Errorf("%v", s.State)
+			}
+		})
+	}
+}
+
 func TestDeadline(t *testing.T) {
 	for _, action := range []Action{Hold, Rollback} {
 		synctest.Test(t, func(t *testing.T) {

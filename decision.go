@@ -182,7 +182,7 @@ next:
 					s.life.reasons[i].keep(o.why)
 				}
 				if m.never && o.value != 0 {
-					s.r.wakeUp()
+					s.r.sound()
 				}
 			}
 			continue next

@@ -33,12 +33,14 @@ type Action uint8
 // The actions of a gate. Rollback, RollbackRing and StepBack share the rollout's bound on false rollbacks
 // (Policy.FalseRollback); Hold and Report each keep to the same bound on their own.
 const (
-	Default      = Action(judge.Default)      // Rollback for a gate, Hold for a deadline
-	Rollback     = Action(judge.Rollback)     // everybody back to the stable version
-	RollbackRing = Action(judge.RollbackRing) // only the ring of the present stage back to the stable version
-	StepBack     = Action(judge.StepBack)     // back to the stage before; at most twice to one stage, then Hold
-	Hold         = Action(judge.Hold)         // stay where it is until Resume
-	Report       = Action(judge.Report)       // an event and nothing else; never needed for promotion
+	Default  = Action(judge.Default)  // Rollback for a gate, Hold for a deadline
+	Rollback = Action(judge.Rollback) // everybody back to the stable version
+	// RollbackRing takes the ring that alone is at fault back to the stable version, and everybody where no ring is alone at
+	// fault, or everyone's is, or there are more than twelve. Of a Check it is the ring of the present stage.
+	RollbackRing = Action(judge.RollbackRing)
+	StepBack     = Action(judge.StepBack) // back to the stage before; at most twice to one stage, then Hold
+	Hold         = Action(judge.Hold)     // stay where it is until Resume
+	Report       = Action(judge.Report)   // an event and nothing else; never needed for promotion
 )
 
 var actionNames = []string{"default", "rollback", "rollback ring", "step back", "hold", "report"}

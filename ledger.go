@@ -77,6 +77,7 @@ func newLedger(s *snapshot, now time.Time) *ledger {
 // cut is the evidence of one moment: the blocks that close now, and what to note once they are consumed.
 type cut struct {
 	at       time.Time
+	alarm    bool // only what must never happen: a block must not close because of what its outcomes are
 	blocks   []machine.Block
 	outcomes []string // rings of the present epoch with new candidate outcomes
 	breaches []machine.Breach
@@ -122,11 +123,11 @@ func (l *ledger) cut(c *cut, st *machine.State, last bool) {
 				c.notes = append(c.notes, note)
 				continue // it is judged by what its source says
 			}
-			if closes(now.sums, ring.all, c.at.Sub(m.closed), present && !last) {
+			if !c.alarm && closes(now.sums, ring.all, c.at.Sub(m.closed), present && !last) {
 				note.totals, note.marked = now.totals, now.marked
 				c.blocks = append(c.blocks, machine.Block{Epoch: l.snap.epoch, Block: judge.Block{
 					Metric: nameOf(view.ref), Ring: ring.name, Control: now.cells[0], Candidate: now.cells[1],
-					ControlBy: now.by[0], CandidateBy: now.by[1],
+					ControlBy: now.by[0], CandidateBy: now.by[1], Known: m.ahead,
 				}})
 			} else if view.never {
 				note.ahead = now.cells[1][1]
@@ -138,6 +139,9 @@ func (l *ledger) cut(c *cut, st *machine.State, last bool) {
 		}
 		if fresh && present {
 			c.outcomes = append(c.outcomes, ring.name)
+		}
+		if c.alarm {
+			continue
 		}
 		if l.snap.r.guards.silence {
 			l.cutSlots(c, st, i)

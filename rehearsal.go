@@ -65,7 +65,10 @@ func (v *rehearsal) Tick(ctx context.Context, last bool) error {
 			}
 		}
 	}
+	alarm := v.r.clock.alarm
 	v.Woken() // this is the tick
+	v.r.clock.alarm = alarm
+	defer func() { v.r.clock.alarm = false }()
 	if last {
 		v.r.finish(ctx)
 	} else {
@@ -92,6 +95,7 @@ func (v *rehearsal) ask(ctx context.Context, g Gate) error {
 func (v *rehearsal) Woken() bool {
 	select {
 	case <-v.r.wake:
+		v.r.clock.alarm = v.r.alarm.Swap(false)
 		return true
 	default:
 		return false

@@ -81,6 +81,8 @@ type Rollout struct {
 	slot    atomic.Uint32            // the present slot of time, from 1
 	guards  struct{ silence, split bool }
 	running atomic.Bool
+	alarm   atomic.Bool   // wake is because of what must never happen
+	calm    atomic.Bool   // which is known, whatever more comes of it
 	wake    chan struct{} // asks Run for a tick now
 	hint    chan struct{} // asks Run for a look at the Store
 
@@ -317,10 +319,7 @@ func (p *Policy) plan(gates []Gate, interval time.Duration, sourced map[string]b
 	}
 	all = append(all, p.guards()...)
 	plan := &machine.Plan{Version: p.Version, OnDeadline: judge.Action(p.OnDeadline), Tick: interval}
-	for _, r := range p.Rings {
-		plan.Rings = append(plan.Rings, r.Name)
-	}
-	plan.Rings = append(plan.Rings, Everyone)
+	plan.Rings = p.ringNames()
 	var err error
 	plan.Judge, err = judge.New(all, judge.Risk{FalseRollback: p.FalseRollback, FalsePromotion: p.FalsePromotion, Independent: p.Independent}, plan.Rings...)
 	if err != nil {
@@ -354,6 +353,15 @@ func (p *Policy) plan(gates []Gate, interval time.Duration, sourced map[string]b
 	return plan, nil
 }
 
+// ringNames are the names of all rings, innermost first.
+func (p *Policy) ringNames() []string {
+	var names []string
+	for _, r := range p.Rings {
+		names = append(names, r.Name)
+	}
+	return append(names, Everyone)
+}
+
 // digest names data: equal data, equal digest.
 func digest(data ...any) string {
 	b, err := json.Marshal(data)
@@ -366,6 +374,14 @@ func digest(data ...any) string {
 
 // wakeUp asks Run for a tick now. It never waits.
 func (r *Rollout) wakeUp() { signal(r.wake) }
+
+// sound asks Run to look at what must never happen, now, unless that is known already.
+func (r *Rollout) sound() {
+	if !r.calm.Load() {
+		r.alarm.Store(true)
+		r.wakeUp()
+	}
+}
 
 // signal leaves one word in a channel that holds one.
 func signal(c chan struct{}) {

@@ -126,6 +126,7 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 	for evaluate := true; ctx.Err() == nil; {
 		if evaluate {
 			r.tick(unhurried, &r.clock, false)
+			r.clock.alarm = false
 		} else {
 			r.refresh(unhurried)
 		}
@@ -142,6 +143,7 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 		case <-ctx.Done():
 		case <-ticker.C:
 		case <-r.wake:
+			r.clock.alarm = r.alarm.Swap(false)
 		case <-r.hint:
 			evaluate = false // a hint may be of our own write: evaluating it would write again
 		}

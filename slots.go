@@ -177,9 +177,9 @@ func (rl *ringLedger) silence(ring *ringView, position int, errors bool) (b judg
 		now, base := ring.counts(c, position), rl.base[c][position]
 		cells[c], by[c] = make([]uint64, 2), make([]uint64, 0, 2*slotGroups)
 		for g := range slotGroups {
-			answers := now.answered[g] - base.answered[g]
-			if errors {
-				answers = now.errors[g] - base.errors[g]
+			answers := now.errors[g] - base.errors[g]
+			if !errors { // anything is an answer
+				answers += now.answered[g] - base.answered[g]
 			}
 			n := now.decided[g] - base.decided[g]
 			good := min(n, answers) // one decision may have several

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -116,6 +115,7 @@ type sourceReading struct {
 	at     time.Time
 	rings  map[string][2][]float64 // cumulative, of the control and of the candidate; nil: none
 	cause  string                  // why there is nothing new
+	resets map[string]int          // how often its counters were seen to fall, by ring
 	change time.Time               // when any value was last another one
 }
 
@@ -139,6 +139,7 @@ func (r *Rollout) readSource(ctx context.Context, metric string) {
 		candidate bool
 		values    []float64
 	}
+	at := r.now() // what comes in meanwhile may be in it or not
 	asked, cancel := context.WithTimeout(ctx, r.checkTimeout())
 	defer cancel()
 	away := make(chan struct{})
@@ -158,7 +159,7 @@ func (r *Rollout) readSource(ctx context.Context, metric string) {
 	if asked.Err() != nil {
 		err = fmt.Errorf("no answer within %v", r.checkTimeout())
 	}
-	next := &sourceReading{at: r.now(), rings: map[string][2][]float64{}}
+	next := &sourceReading{at: at, rings: map[string][2][]float64{}}
 	id := r.metricNamed(metric)
 	for _, s := range all {
 		if err != nil {
@@ -181,6 +182,17 @@ func (r *Rollout) readSource(ctx context.Context, metric string) {
 	r.mu.Lock()
 	was := r.readings[metric]
 	next.change = next.at
+	next.resets = map[string]int{}
+	if was != nil && err == nil {
+		for ring, pair := range next.rings {
+			next.resets[ring] = was.resets[ring]
+			for c := range pair {
+				if old := was.rings[ring][c]; old != nil && pair[c] != nil && id.since(old, pair[c]) == nil {
+					next.resets[ring]++
+				}
+			}
+		}
+	}
 	if was != nil && (err != nil || sameValues(was.rings, next.rings)) {
 		next.change = was.change
 	}
@@ -188,7 +200,7 @@ func (r *Rollout) readSource(ctx context.Context, metric string) {
 	case err != nil:
 		next.cause, next.rings = "the source: "+err.Error(), nil
 		if was != nil {
-			next.rings, next.at = was.rings, was.at
+			next.rings, next.at, next.resets = was.rings, was.at, was.resets
 		}
 	case len(next.rings) == 0:
 		next.cause = "the source has no series of it"
@@ -240,8 +252,8 @@ const maxCount = 1 << 53
 
 // sane finds what is wrong with a series of the metric by itself.
 func (m metricID) sane(values []float64) error {
-	if len(values) == 0 {
-		return errors.New("no values")
+	if len(values) == 0 || len(values) > 256 {
+		return fmt.Errorf("%d values; there must be some, and at most 256", len(values))
 	}
 	for i, v := range values {
 		bound := m.kind == timingKind && i%2 == 0
@@ -373,7 +385,8 @@ func (r *Rollout) addSources(st *machine.State, in *machine.Input) {
 	}
 	r.mu.Unlock()
 	if r.sourced.epoch != st.Epoch || r.sourced.gen != st.Gen {
-		r.sourced = sourcedClock{gen: st.Gen, epoch: st.Epoch, since: in.Now, closed: map[string]time.Time{}, causes: map[string]string{}}
+		r.sourced = sourcedClock{gen: st.Gen, epoch: st.Epoch, since: in.Now, closed: map[string]time.Time{}, causes: map[string]string{},
+			seen: map[string]uint64{}, resets: map[string]int{}, behind: map[string]lag{}, anew: map[string]anew{}}
 	}
 	causes := map[string]string{}
 	next := map[string]machine.Totals{}
@@ -395,7 +408,7 @@ func (r *Rollout) addSources(st *machine.State, in *machine.Input) {
 			continue // it may hold what came in before the present shares
 		}
 		for _, ring := range r.plan.Rings {
-			if cause := r.addSeries(st, in, next, r.metrics[i].ref.Value(), ring, read.rings[ring]); cause != "" && causes[name] == "" {
+			if cause := r.addSeries(st, in, next, r.metrics[i].ref.Value(), ring, read); cause != "" && causes[name] == "" {
 				causes[name] = cause
 			}
 		}
@@ -419,10 +432,27 @@ type sourcedClock struct {
 	since      time.Time
 	closed     map[string]time.Time
 	causes     map[string]string // why a series was last taken up anew, until it gives a block
+	seen       map[string]uint64 // candidate outcomes of the open block that the bake knows
+	resets     map[string]int    // of the reading that was last compared
+	behind     map[string]lag
+	anew       map[string]anew
+}
+
+// anew is when this process first saw that a series was taken up anew, for the n-th time.
+type anew struct {
+	n  uint64
+	at time.Time
+}
+
+// lag is since when a series has been behind what was consumed of it.
+type lag struct {
+	since time.Time
+	was   machine.Totals
 }
 
 // addSeries adds the block of one metric in one ring, if one is due.
-func (r *Rollout) addSeries(st *machine.State, in *machine.Input, next map[string]machine.Totals, m metricID, ring string, pair [2][]float64) (cause string) {
+func (r *Rollout) addSeries(st *machine.State, in *machine.Input, next map[string]machine.Totals, m metricID, ring string, read *sourceReading) (cause string) {
+	pair, resets := read.rings[ring], read.resets[ring]
 	share := Percent(st.Shares[ring])
 	alone := share == 100 && r.policy.Holdback == 0
 	if share == 0 || slices.Contains(st.Rings, ring) || pair[0] == nil && pair[1] == nil {
@@ -438,8 +468,17 @@ func (r *Rollout) addSeries(st *machine.State, in *machine.Input, next map[strin
 	was, ok := next[key]
 	if !ok || was.Epoch != st.Epoch {
 		next[key] = machine.Totals{Epoch: st.Epoch, Values: pair}
-		r.sourced.closed[key] = in.Now
+		r.sourced.closed[key], r.sourced.resets[key], r.sourced.seen[key] = in.Now, resets, 0
 		return ""
+	}
+	if seen := r.sourced.anew[key]; seen.n != was.Resets || seen.at.IsZero() {
+		r.sourced.anew[key] = anew{was.Resets, in.Now}
+	}
+	if was.Resets > 0 && read.at.Before(r.sourced.anew[key].at) {
+		return r.sourced.causes[key] // it may be from before the counters fell
+	}
+	if r.sourced.closed[key].IsZero() { // another process took it up
+		r.sourced.closed[key], r.sourced.resets[key] = in.Now, resets
 	}
 	var d [2][]float64
 	var sums [2]uint64
@@ -448,19 +487,34 @@ func (r *Rollout) addSeries(st *machine.State, in *machine.Input, next map[strin
 			continue
 		}
 		if d[c] = m.since(was.Values[c], pair[c]); d[c] == nil {
-			next[key] = machine.Totals{Epoch: st.Epoch, Values: pair}
+			// Another process may have consumed more than this one has read. Only counters that this one has seen to fall, or
+			// that nobody has consumed of for long, are taken up anew.
+			if behind := r.sourced.behind[key]; behind.since.IsZero() || !sameTotals(map[string]machine.Totals{"": behind.was}, map[string]machine.Totals{"": was}) {
+				r.sourced.behind[key] = lag{in.Now, was}
+			}
+			if resets == r.sourced.resets[key] && in.Now.Sub(r.sourced.behind[key].since) < r.staleAfter() {
+				return r.sourced.causes[key]
+			}
+			delete(r.sourced.behind, key)
+			r.sourced.resets[key] = resets
+			next[key] = machine.Totals{Epoch: st.Epoch, Values: pair, Resets: was.Resets + 1}
+			r.sourced.closed[key], r.sourced.seen[key] = in.Now, 0
 			r.sourced.causes[key] = fmt.Sprintf("the source's counters of the %s in %s were reset", cohortNames[1+c], ring)
 			return r.sourced.causes[key]
 		}
 		sums[c] = uint64(m.counted(d[c]))
 	}
-	if sums[1] > 0 {
+	delete(r.sourced.behind, key)
+	r.sourced.resets[key] = resets
+	if sums[1] > r.sourced.seen[key] {
 		in.Outcomes = append(in.Outcomes, ring)
 	}
+	r.sourced.seen[key] = sums[1]
 	if !closes(sums, alone, in.Now.Sub(r.sourced.closed[key]), true) {
 		return r.sourced.causes[key]
 	}
 	delete(r.sourced.causes, key)
+	r.sourced.seen[key] = 0
 	b := judge.Block{Metric: m.name, Ring: ring}
 	for c := range d {
 		switch {
@@ -468,7 +522,7 @@ func (r *Rollout) addSeries(st *machine.State, in *machine.Input, next map[strin
 		case m.kind == scoreKind:
 			moments, ok := m.moments(d[c])
 			if !ok {
-				next[key] = machine.Totals{Epoch: st.Epoch, Values: pair}
+				next[key] = machine.Totals{Epoch: st.Epoch, Values: pair, Resets: was.Resets}
 				return fmt.Sprintf("the source's totals of the %s in %s are not of values from %v to %v", cohortNames[1+c], ring, m.lo, m.hi)
 			}
 			b.Moments[1-c] = moments
@@ -478,7 +532,7 @@ func (r *Rollout) addSeries(st *machine.State, in *machine.Input, next map[strin
 			b.Candidate = m.outcomes(d[c])
 		}
 	}
-	next[key] = machine.Totals{Epoch: st.Epoch, Values: pair}
+	next[key] = machine.Totals{Epoch: st.Epoch, Values: pair, Resets: was.Resets}
 	r.sourced.closed[key] = in.Now
 	in.Blocks = append(in.Blocks, machine.Block{Epoch: st.Epoch, Block: b})
 	return ""

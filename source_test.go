@@ -263,3 +263,79 @@ func FuzzSourceSeries(f *testing.F) {
 		}
 	})
 }
+
+// TestSourceOfSeveral: processes that share a Store and read the same counters, each with a lag of its own, consume every
+// outcome once, also when the counters are reset.
+func TestSourceOfSeveral(t *testing.T) {
+	for _, lag := range []time.Duration{0, time.Second, 3 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			m := &meter{}
+			lagging := SourceFunc(func(ctx context.Context, add func(string, string, bool, []float64)) error {
+				n, bad := m.n, m.bad
+				time.Sleep(lag)
+				for c := range n {
+					add("errors", "", c == 1, []float64{n[c], bad[c]})
+				}
+				return nil
+			})
+			p := measured()
+			p.Gates = []Gate{Errors.Within(2)}
+			p.Bake, p.Deadline, p.Without = 10*time.Hour, 100*time.Hour, []string{GuardNoOutcome}
+			store := MemStore()
+			var all []*process
+			for i := range 3 {
+				all = append(all, start(t, "x", p, Options{Store: store, Sources: map[string]Source{"errors": lagging}}))
+				time.Sleep(time.Duration(i+1) * time.Second)
+			}
+			time.Sleep(time.Minute)
+			before := m.n[1]
+			counted := func() float64 {
+				c := inStore(t, store).Gates.Gates["errors.Within(2)"]
+				if c == nil {
+					return 0
+				}
+				return float64(c.Parts[Everyone].Candidate.N)
+			}
+			m.measure(20*time.Minute, 0, 0)
+			time.Sleep(2 * time.Minute)
+			synctest.Wait()
+			if got, want := counted(), m.n[1]-before; got > want || got < want*.98 {
+				t.Errorf("lag %v: %v of %v outcomes were consumed", lag, got, want)
+			}
+			was := counted()
+			m.n, m.bad = [2]float64{}, [2]float64{}
+			time.Sleep(time.Minute)
+			m.measure(10*time.Minute, 0, 0)
+			time.Sleep(2 * time.Minute)
+			synctest.Wait()
+			if got, want := counted()-was, m.n[1]; got > want || got < want*.9 {
+				t.Errorf("lag %v, after a reset: %v of %v outcomes were consumed", lag, got, want)
+			}
+			for _, r := range all {
+				r.stop()
+			}
+			time.Sleep(time.Minute)
+		})
+	}
+}
+
+// TestSourceBakes: a bake goes on with the outcomes a source counts, and stops with them.
+func TestSourceBakes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &meter{}
+		p := measured()
+		p.Stages[0].GuardOnly, p.Bake, p.Without = true, 45*time.Second, []string{GuardNoOutcome}
+		r := start(t, "x", p, Options{Sources: map[string]Source{"errors": m}})
+		time.Sleep(30 * time.Second)
+		m.n[1]++ // one outcome
+		time.Sleep(3 * time.Minute)
+		synctest.Wait()
+		if s := r.Status(); s.Stage.Index != 0 || s.Stage.Baked > 20*time.Second {
+			t.Errorf("after one outcome %v of stage %d is baked", s.Stage.Baked, s.Stage.Index)
+		}
+		m.measure(2*time.Minute, 0, 0)
+		if s := r.Status(); s.Stage.Index == 0 {
+			t.Errorf("after two minutes of outcomes only %v is baked", s.Stage.Baked)
+		}
+	})
+}

@@ -243,6 +243,7 @@ func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []
 		}
 		r.ruled = r.ruled || standing == machine.Current && st.Policy == r.plan.Policy
 		r.known, r.standing, r.stale = st, standing, false
+		r.calm.Store(st.Phase != machine.Running && st.Phase != machine.Held || !r.plan.Judge.Watchful(&st.Gates))
 		if r.latchAny {
 			r.latch[st.Gen], r.latchAny = true, false
 		}

@@ -9,6 +9,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/stagedrollout/rollout/internal/judge"
+	"github.com/stagedrollout/rollout/internal/machine"
 )
 
 // Validate reports every problem of the policy at once, each naming the stage, gate or field and the value, joined as by
@@ -23,6 +24,7 @@ func (p Policy) Validate() error {
 	v.stages(p)
 	v.proofs()
 	v.steps()
+	v.size()
 	return errors.Join(v.problems...)
 }
 
@@ -284,6 +286,23 @@ func (v *validator) proofs() {
 		case !s.GuardOnly && !s.Approval && v.p.asksProof(i):
 			v.bad("Policy.Stages[%d] %q: nothing could prove it healthy; add a gate that can prove, or make it GuardOnly or ask for Approval", i, s.Name)
 		}
+	}
+}
+
+// size refuses what would not fit into the stored state: a rollback must always.
+func (v *validator) size() {
+	if len(v.problems) > 0 {
+		return
+	}
+	specs := specs(v.p.allGates())
+	j, err := judge.New(append(specs, v.p.guards()...), judge.Risk{FalseRollback: v.p.FalseRollback, FalsePromotion: v.p.FalsePromotion, Independent: v.p.Independent}, v.p.ringNames()...)
+	if err != nil {
+		v.bad("%w", err)
+		return
+	}
+	if n := j.Size(); n > machine.MaxBytes*3/4 {
+		v.bad("Policy: %d gates of %d rings would keep up to %d KB of evidence, more than the %d KB that are stored; use fewer of either, or Independent if units seldom come twice",
+			len(specs), len(v.p.Rings)+1, n>>10, machine.MaxBytes*3/4>>10)
 	}
 }
 

@@ -738,3 +738,27 @@ func TestGuards(t *testing.T) {
 		t.Error("Independent makes no other policy")
 	}
 }
+
+// TestTooMuchToStore: a policy whose evidence would not fit into the stored state is refused; one that fits can be stored
+// with a ring and a gate's worth of everything.
+func TestTooMuchToStore(t *testing.T) {
+	policy := func(rings, gates int) Policy {
+		p := Policy{Stages: Percentages(50, 100), Bake: time.Minute, Holdback: 5, Gates: []Gate{Errors.Within(1)}}
+		for i := range rings - 1 {
+			p.Rings = append(p.Rings, Ring{Name: fmt.Sprint("ring-", i)})
+		}
+		for i := range gates - 1 {
+			p.Gates = append(p.Gates, NewRate(fmt.Sprint("rate-", i)).NoWorse())
+		}
+		return p
+	}
+	for _, c := range []struct {
+		rings, gates int
+		fits         bool
+	}{{1, 40, true}, {3, 20, true}, {12, 6, true}, {12, 21, false}, {64, 2, true}, {64, 30, false}} {
+		err := policy(c.rings, c.gates).Validate()
+		if fits := err == nil; fits != c.fits || err != nil && !strings.Contains(err.Error(), "are stored") {
+			t.Errorf("%d rings, %d gates: %v", c.rings, c.gates, err)
+		}
+	}
+}

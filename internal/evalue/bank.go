@@ -74,6 +74,43 @@ func (b *Bank) row(r int, prior Prior, logs *Logs, eps float64) {
 	}
 }
 
+// Merge returns the mean of processes of one prior: a process itself, whose wealth
+// is theirs together. Banks of other shapes than the first, and those that have not
+// bet, are left out.
+func Merge(banks []Bank) Bank {
+	var m Bank
+	var like []Bank
+	for _, b := range banks {
+		if len(b.LogE) == 0 || len(like) > 0 && (len(b.LogE) != len(like[0].LogE) || len(b.Pi) != len(like[0].Pi)) {
+			continue
+		}
+		like = append(like, b)
+		m.Blocks = max(m.Blocks, b.Blocks)
+	}
+	if len(like) == 0 {
+		return m
+	}
+	rows := len(like[0].LogE)
+	cols := len(like[0].Pi) / rows
+	m.LogE, m.Pi = make([]float64, rows), make([]float32, rows*cols)
+	logs := make([]float64, len(like))
+	for r := range rows {
+		for i, b := range like {
+			logs[i] = b.LogE[r]
+		}
+		m.LogE[r] = clamp(LogMean(logs))
+		all := LogSum(logs)
+		for c := range cols {
+			part := 0.
+			for i, b := range like {
+				part += math.Exp(logs[i]-all) * float64(b.Pi[r*cols+c])
+			}
+			m.Pi[r*cols+c] = float32(part)
+		}
+	}
+	return m
+}
+
 // Clone is a deep copy.
 func (b *Bank) Clone() Bank {
 	return Bank{Blocks: b.Blocks, LogE: append([]float64(nil), b.LogE...), Pi: append([]float32(nil), b.Pi...)}

@@ -59,7 +59,7 @@ func (j *Judge) assess(st *State, g *gate, s *Gate) Result {
 	}
 	r.Candidate, r.Control = g.estimates(st, s)
 	if g.weight > 0 {
-		r.Lo, r.Hi, r.Bounded = s.interval(j.spread(st, g, s))
+		r.Lo, r.Hi, r.Bounded = s.interval(j.spread(st, g))
 		r.Summary = g.summary(st, s, r)
 		if g.Kind.IsScore() {
 			r.Lo, r.Hi = g.units(r.Lo, r.Hi)
@@ -72,17 +72,11 @@ func (j *Judge) assess(st *State, g *gate, s *Gate) Result {
 }
 
 // spread is the design effect of the gate's outcomes.
-func (j *Judge) spread(st *State, g *gate, s *Gate) float64 {
+func (j *Judge) spread(st *State, g *gate) float64 {
 	if j.risk.Independent {
 		return 1
 	}
-	var in rings
-	for _, name := range s.rings() {
-		if m := st.Memory[g.Metric][name]; m != nil {
-			in = append(in, m)
-		}
-	}
-	return in.dispersion(g.rollback[0].look(g.Kind), -1, !g.Absolute())
+	return st.remembered(g.Metric).dispersion(g.rollback[0].look(g.Kind), -1, !g.Absolute())
 }
 
 // estimates are what is shown of either cohort.

@@ -68,6 +68,7 @@ func (b *bet) look(kind Kind) look {
 // each fold, and all of it.
 type counts struct {
 	grouped    bool
+	unmarked   bool                // of a Timing: some came before there were thresholds
 	candidate  [folds + 1][]uint64 // cells without fold i; the last: all
 	control    [folds + 1][]uint64
 	touched    [folds]bool // the fold has any outcome
@@ -101,6 +102,7 @@ func (c *counts) view(b *Block, timing bool, marks int) {
 	c.cells = c.cells[:2*(folds+1)*keep]
 	clear(c.cells)
 	clear(c.touched[:])
+	c.unmarked = false
 	at := func(arm, fold int) []uint64 {
 		i := (arm*(folds+1) + fold) * keep
 		return c.cells[i : i+keep : i+keep]
@@ -110,6 +112,7 @@ func (c *counts) view(b *Block, timing bool, marks int) {
 		for i, n := range by {
 			cell, group := i%width, i/width
 			if n == 0 || cell >= keep {
+				c.unmarked = c.unmarked || n > 0
 				continue
 			}
 			all[cell] = saturate(all[cell], n)
@@ -133,6 +136,7 @@ func (c *counts) view(b *Block, timing bool, marks int) {
 // fold of the units out, or one for the whole block. ok is false where nothing
 // can be bet, because a cohort is missing or nothing is known to bet on.
 func (b *bet) logs(dst []evalue.Logs, kind Kind, mem *Memory, blk *Block, c *counts) bool {
+	defer b.whole(c)()
 	var at place
 	if !b.prepare(&at, kind, mem, c) {
 		return false
@@ -150,6 +154,16 @@ func (b *bet) logs(dst []evalue.Logs, kind Kind, mem *Memory, blk *Block, c *cou
 		}
 	}
 	return true
+}
+
+// whole has a fixed threshold looked up in the histogram, where marks do not tell:
+// it needs no control, as those of its neighbours may. What it returns ends that.
+func (b *bet) whole(c *counts) (done func()) {
+	if !b.fixed || !c.grouped || !c.unmarked {
+		return func() {}
+	}
+	c.grouped = false
+	return func() { c.grouped = true }
 }
 
 // place is where earlier blocks say that a bet belongs.

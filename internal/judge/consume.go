@@ -51,11 +51,9 @@ func (j *Judge) consume(g *gate, s *Gate, mem *Memory, b *Block, room *scratch, 
 		x := event(b.Candidate)
 		part.Candidate.add(sum(b.Candidate), x)
 		part.Control.add(sum(b.Control), event(b.Control))
-		known := min(x, s.Ahead)
-		s.Ahead -= known
-		if x > known && !s.Broken {
+		if x > b.Known {
 			all, _ := s.tallies()
-			s.Broken, s.Cause = true, fmt.Sprintf("%d of %d candidate outcomes are what must never happen", all.X, all.N)
+			j.never(s, b.Ring, fmt.Sprintf("%s: %d of %d candidate outcomes are what must never happen", g.Metric, all.X, all.N))
 		}
 		return
 	}
@@ -80,6 +78,19 @@ func (j *Judge) consume(g *gate, s *Gate, mem *Memory, b *Block, room *scratch, 
 	}
 }
 
+// never breaks a gate that one event breaks.
+func (j *Judge) never(s *Gate, ring, cause string) {
+	switch {
+	case !s.Broken:
+		s.Broken, s.Cause = true, cause
+		if j.split() {
+			s.Ring = ring
+		}
+	case s.Ring != ring:
+		s.Ring = "" // in more than one
+	}
+}
+
 // bet updates the processes of a gate's bet with a block of one ring: the pool,
 // the ring's own, and the pool without each of the other rings.
 func (j *Judge) bet(g *gate, s *Gate, i int, ring string, rows []evalue.Logs) {
@@ -89,9 +100,11 @@ func (j *Judge) bet(g *gate, s *Gate, i int, ring string, rows []evalue.Logs) {
 		if part.Own == nil {
 			s.enter(ring, len(g.rollback), len(j.rings) < manyRings)
 		}
+		part.Own = grown(part.Own, len(g.rollback))
 		part.Own[i].Update(prior, rows)
 		for other, p := range s.Parts {
 			if other != ring && p.But != nil {
+				p.But = grown(p.But, len(g.rollback))
 				p.But[i].Update(prior, rows)
 			}
 		}
@@ -121,7 +134,7 @@ func (s *Gate) enter(ring string, bets int, without bool) {
 
 // Leave takes a ring that is rolled back alone out of the sums: its outcomes count
 // no more, and gates that it alone has broken are no longer broken.
-func (st *State) Leave(ring string) {
+func (j *Judge) Leave(st *State, ring string) {
 	for _, s := range st.Gates {
 		if s == nil {
 			continue
@@ -137,45 +150,85 @@ func (st *State) Leave(ring string) {
 		if gone.Own == nil {
 			continue
 		}
-		s.Pool = gone.But
 		left := make([]*Part, 0, len(s.Parts))
 		for _, name := range s.rings() {
 			if p := s.Parts[name]; p.Own != nil {
 				left = append(left, p)
 			}
 		}
-		// What the pool would be without two rings was not kept; the processes of
-		// the rings that are left say nearly the same.
-		for i, p := range left {
-			p.But = nil
-			if len(left) > 1 {
-				p.But = cloneAll(left[(i+1)%len(left)].Own)
+		kept := gone.But != nil || len(left) == 0
+		if s.Pool = gone.But; !kept {
+			s.Pool = meanOf(left, nil)
+		}
+		// What the pool would be without two rings was not kept. The mean of the
+		// rings that are left is a process as well.
+		for _, p := range left {
+			if p.But = nil; kept && len(left) > 1 {
+				p.But = meanOf(left, p)
 			}
 		}
 	}
-	for _, rings := range st.Memory {
+	for metric, rings := range st.Memory {
+		if rings[ring] == nil {
+			continue
+		}
 		delete(rings, ring)
+		for name := range st.Gates { // a proof may hold its outcomes, and how they went together is forgotten
+			if g := j.named(name); g != nil && g.Metric == metric {
+				st.Gates[name].Proof = nil
+			}
+		}
+	}
+}
+
+// named is the gate of that name, or nil.
+func (j *Judge) named(name string) *gate {
+	for i := range j.gates {
+		if j.gates[i].Name == name {
+			return &j.gates[i]
+		}
+	}
+	return nil
+}
+
+// meanOf is the mean of the processes of each ring but one.
+func meanOf(parts []*Part, but *Part) []evalue.Bank {
+	var mean []evalue.Bank
+	for i := 0; ; i++ {
+		var banks []evalue.Bank
+		for _, p := range parts {
+			if p != but && i < len(p.Own) {
+				banks = append(banks, p.Own[i])
+			}
+		}
+		if len(banks) == 0 {
+			return mean
+		}
+		mean = append(mean, evalue.Merge(banks))
 	}
 }
 
 // Breach breaks the active Never gates of a metric at once: events of the
 // candidate were seen in a ring that no block holds yet. The block that will is
-// no news.
+// no news: its Known says so.
 func (j *Judge) Breach(st *State, metric, ring string, events uint64, active func(gate int) bool) {
 	for i := range j.gates {
 		g := &j.gates[i]
 		if g.Kind != Never || g.Metric != metric || !active(i) || events == 0 {
 			continue
 		}
-		s := st.gate(g)
-		s.Ahead += events
-		if !s.Broken {
-			s.Broken, s.Cause = true, "what must never happen has happened to the candidate"
-			if j.split() {
-				s.Ring = ring
-			}
+		j.never(st.gate(g), ring, g.Metric+": what must never happen has happened to the candidate")
+	}
+}
+
+// Watchful reports whether there is a Never gate that is not broken.
+func (j *Judge) Watchful(st *State) bool {
+	for i := range j.gates {
+		if g := &j.gates[i]; g.Kind == Never && !st.known(g).Broken {
+			return true
 		}
 	}
+	return false
 }
 
 // Prune forgets gates and metrics the Judge does not have.
@@ -203,7 +256,7 @@ func (st *State) Anew() {
 	st.Starts++
 	for name, g := range st.Gates {
 		if g != nil {
-			st.Gates[name] = &Gate{Of: g.Of, Proof: g.Proof, Ahead: g.Ahead}
+			st.Gates[name] = &Gate{Of: g.Of, Proof: g.Proof}
 		}
 	}
 }

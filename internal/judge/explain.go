@@ -33,6 +33,7 @@ func (g *gate) tally(p *Part, mem *Memory, b *Block, c *counts) {
 		p.Control.join(Tally{sum(b.Control), points(b.Control), squares(b.Control)})
 		return
 	case g.Kind.timing():
+		defer bet.whole(c)()
 		if !bet.prepare(&at, g.Kind, mem, c) {
 			return
 		}
@@ -70,7 +71,7 @@ func (t Tally) moments(unit float64) (mean, variance float64) {
 }
 
 // cause is the sentence that says what broke the gate.
-func (g *gate) cause(s *Gate) string {
+func (g *gate) cause(s *Gate, dispersion float64) string {
 	c, m := s.shown()
 	what := g.Metric
 	if s.Ring != "" {
@@ -78,7 +79,7 @@ func (g *gate) cause(s *Gate) string {
 	}
 	after := " after " + grouped(c.N) + " outcomes"
 	by := ""
-	if lo, _, ok := s.interval(1); ok && !g.Absolute() && lo > g.Margin {
+	if lo, _, ok := s.interval(dispersion); ok && !g.Absolute() && lo > g.Margin {
 		switch {
 		case g.Kind == Within || g.Kind == NoWorse:
 			by = "at least " + short(100*(lo-g.Margin)) + " points "

@@ -106,6 +106,49 @@ func New(specs []Spec, risk Risk, rings ...string) (*Judge, error) {
 	return j, nil
 }
 
+// Size is about the most bytes that a State takes once stored, if every ring has
+// outcomes of every metric.
+func (j *Judge) Size() int {
+	rings := max(len(j.rings), 1)
+	metrics := map[string]bool{}
+	n := 0
+	for i := range j.gates {
+		g := &j.gates[i]
+		processes := 1
+		if j.split() {
+			if processes += rings; rings < manyRings {
+				processes += rings
+			}
+		}
+		for k := range g.rollback {
+			n += processes * j.rows(g) * (8 + 4*len(g.rollback[k].prior()))
+		}
+		for k := range g.proof {
+			rows := 1
+			if g.proof[k].sets {
+				rows = 1 << len(g.Labels)
+			}
+			n += rows * (8 + 4*len(g.proof[k].prior()))
+		}
+		n += rings * 150 // what is shown
+		if metrics[g.Metric] {
+			continue
+		}
+		metrics[g.Metric] = true
+		by := 64 * 2
+		switch {
+		case g.Kind.timing():
+			by = 64*(1+g.marks) + 2*400*4 // and two histograms
+		case g.Kind.mix():
+			by = folds * (1 + len(g.Labels))
+		case g.Kind.IsScore():
+			by = folds * 3
+		}
+		n += rings * 2 * by * 4
+	}
+	return n * 4 / 3
+}
+
 // rows is how many rows a process of the rollback side has.
 func (j *Judge) rows(g *gate) int {
 	if j.risk.Independent || g.Kind == Split {
@@ -119,7 +162,7 @@ func (j *Judge) split() bool { return len(j.rings) > 1 }
 
 func newGate(s Spec) (gate, error) {
 	g := gate{Spec: s, group: s.group()}
-	g.of = fmt.Sprint(s.Metric, " ", s.Kind, " ", s.Margin, " ", s.Factor, " ", s.Quantile, " ", int64(s.Limit))
+	g.of = fmt.Sprint("2 ", s.Metric, " ", s.Kind, " ", s.Margin, " ", s.Factor, " ", s.Quantile, " ", int64(s.Limit))
 	if s.Kind.IsScore() || s.Kind.mix() {
 		g.of += fmt.Sprint(" ", s.Lo, " ", s.Hi, " ", len(s.Labels), " ", s.Moments)
 	}

@@ -7,7 +7,9 @@
 // a look after every block costs nothing: the probability that a candidate no
 // worse than the null of its gates is ever called Unhealthy stays below
 // Risk.FalseRollback (Ville's inequality), under any drift of the base rate
-// between blocks and any change of the share.
+// between blocks and any change of the share. That is a theorem for one start of
+// one group of gates, where units are independent; what is done for units that
+// come back, new starts and rings is argued in docs/statistics.md.
 package judge
 
 import (
@@ -119,6 +121,7 @@ type Block struct {
 	CandidateBy, ControlBy []uint64
 
 	Share float64 // of Split: the candidate's part of the units
+	Known uint64  // of the candidate's events: that were acted on before, by Breach
 
 	// Of a Score whose outcomes were not counted in cells: the candidate's and the
 	// control's.
@@ -151,7 +154,6 @@ type Gate struct {
 	Proof []evalue.Bank    `json:"proof,omitempty"`
 	Parts map[string]*Part `json:"parts,omitempty"` // by ring
 
-	Ahead  uint64 `json:"ahead,omitempty"`  // of Never: events that were acted on before their block closed
 	Broken bool   `json:"broken,omitempty"` // called Unhealthy; until Anew
 	Cause  string `json:"cause,omitempty"`  // of Broken
 	Action Action `json:"action,omitempty"` // of Broken, where it differs from the Spec's

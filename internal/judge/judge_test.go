@@ -195,7 +195,7 @@ func TestReplay(t *testing.T) {
 				do = (*State).ResetProof
 			case 2:
 				ring := rapid.SampledFrom([]string{"staff", "beta"}).Draw(t, "leaves")
-				do = func(st *State) { st.Leave(ring) }
+				do = func(st *State) { j.Leave(st, ring) }
 			default:
 				block := anyBlock().Draw(t, "block")
 				times := rapid.IntRange(1, 8).Draw(t, "times")

@@ -15,6 +15,7 @@ func (j *Judge) Look(st *State) {
 		need := j.logThreshold(st, group)
 		logs := make([]float64, 0, 16)
 		most, worst := math.Inf(-1), -1
+		already := false
 		var broken []int
 		for i := range j.gates {
 			g := &j.gates[i]
@@ -23,6 +24,7 @@ func (j *Judge) Look(st *State) {
 			}
 			l := math.Log(g.weight) + j.logE(st, g, st.known(g), "")
 			logs = append(logs, l)
+			already = already || st.known(g).Broken
 			if l > most {
 				most, worst = l, i
 			}
@@ -33,21 +35,17 @@ func (j *Judge) Look(st *State) {
 		if worst < 0 || evalue.LogSum(logs) < need {
 			continue
 		}
-		if len(broken) == 0 {
+		if len(broken) == 0 && !already { // else it is one that was called, which convicts no other
 			broken = append(broken, worst)
 		}
-		ring := ""
 		for _, i := range broken {
 			g := &j.gates[i]
 			s := st.gate(g)
 			if s.Broken {
 				continue
 			}
-			if ring == "" {
-				ring = j.fault(st, group, need)
-			}
-			s.Ring = ring
-			g.broken(st, s)
+			s.Ring = j.fault(st, group, g, need)
+			j.broken(st, g, s)
 		}
 	}
 }
@@ -105,7 +103,7 @@ func (j *Judge) tempered(g *gate, banks []evalue.Bank, in rings) float64 {
 		v := g.rollback[i].look(g.Kind)
 		switch {
 		case g.Kind == Split:
-			logs = append(logs, banks[i].Log(0)/in.split())
+			logs = append(logs, banks[i].Log(0)/(temper*in.split()))
 		case j.risk.Independent:
 			logs = append(logs, banks[i].Log(0))
 		default:
@@ -116,10 +114,11 @@ func (j *Judge) tempered(g *gate, banks []evalue.Bank, in rings) float64 {
 	return evalue.LogMean(logs)
 }
 
-// fault returns the ring that alone is at fault for what a group of gates found:
-// the one without which there is least, if that is too little to act; "" if there
-// is none.
-func (j *Judge) fault(st *State, group group, need float64) string {
+// fault returns the ring that alone is at fault for a gate that its group broke:
+// the one without which there is least, if that is too little to act and less than
+// a sixth of what speaks against the gate, which chance alone leaves behind; ""
+// if there is none.
+func (j *Judge) fault(st *State, group group, broken *gate, need float64) string {
 	if !j.split() || len(j.rings) >= manyRings {
 		return ""
 	}
@@ -135,7 +134,8 @@ func (j *Judge) fault(st *State, group group, need float64) string {
 			least, at = l, ring
 		}
 	}
-	if least >= need {
+	s := st.known(broken)
+	if least >= need || j.logE(st, broken, s, at) > j.logE(st, broken, s, "")/6 {
 		return ""
 	}
 	return at
@@ -151,19 +151,23 @@ func (st *State) known(g *gate) *Gate {
 
 // broken calls the gate Unhealthy. Where the control violates an absolute limit
 // as well, the candidate is not what is wrong: hold instead of rolling back.
-func (g *gate) broken(st *State, s *Gate) {
-	s.Broken, s.Cause = true, g.cause(s)
-	if g.group == acting && g.excused(st.Memory[g.Metric]) {
+func (j *Judge) broken(st *State, g *gate, s *Gate) {
+	s.Broken, s.Cause = true, g.cause(s, j.spread(st, g))
+	if g.group == acting && g.excused(st, s) {
 		s.Action, s.Ring = Hold, ""
 		s.Cause += "; the control violates the limit as well, so a rollback would not help"
 	}
 }
 
 // excused reports whether the recent control violates the gate's absolute limit,
-// too.
-func (g *gate) excused(in map[string]*Memory) bool {
+// too, by more than chance: in the ring at fault, or in all of them.
+func (g *gate) excused(st *State, s *Gate) bool {
 	n, x, scale := 0., 0., 1.
-	for _, m := range in {
+	for _, ring := range sortedKeys(st.Memory[g.Metric]) {
+		m := st.Memory[g.Metric][ring]
+		if s.Ring != "" && s.Ring != ring {
+			continue
+		}
 		switch g.Kind {
 		case ScoreAtLeast:
 			scale = 1. / (ScoreCells - 1)
@@ -177,9 +181,9 @@ func (g *gate) excused(in map[string]*Memory) bool {
 	}
 	switch g.Kind {
 	case AtMost, ScoreAtLeast:
-		return x >= excuse && x > g.Margin*n
+		return x >= excuse && x-math.Sqrt(x) > g.Margin*n
 	case QuantileAtMost:
-		return x >= excuse && x > (1-g.Quantile)*n
+		return x >= excuse && x-math.Sqrt(x) > (1-g.Quantile)*n
 	}
 	return false
 }
@@ -211,12 +215,7 @@ func (j *Judge) logProof(st *State, g *gate, s *Gate) float64 {
 	if len(s.Proof) != len(g.proof) || len(g.proof) == 0 {
 		return 0
 	}
-	var in rings
-	for _, name := range s.rings() {
-		if m := st.Memory[g.Metric][name]; m != nil {
-			in = append(in, m)
-		}
-	}
+	in := st.remembered(g.Metric)
 	logs := make([]float64, 0, 4)
 	for i := range s.Proof {
 		b := &s.Proof[i]
@@ -230,4 +229,13 @@ func (j *Judge) logProof(st *State, g *gate, s *Gate) float64 {
 		logs = append(logs, l)
 	}
 	return evalue.LogMean(logs)
+}
+
+// remembered are the memories of a metric in every ring, in order.
+func (st *State) remembered(metric string) rings {
+	var in rings
+	for _, name := range sortedKeys(st.Memory[metric]) {
+		in = append(in, st.Memory[metric][name])
+	}
+	return in
 }

@@ -15,7 +15,7 @@ func fixedPlan(tb testing.TB) *Plan {
 		{Name: "most", Metric: "errors", Kind: judge.AtMost, Margin: .2, Action: judge.Hold},
 		{Name: "never", Metric: "errors", Kind: judge.Never, Action: judge.Report},
 	}
-	j, err := judge.New(specs, judge.Risk{FalseRollback: .01, FalsePromotion: .05})
+	j, err := judge.New(specs, judge.Risk{FalseRollback: .01, FalsePromotion: .05}, "staff", "everyone")
 	if err != nil {
 		tb.Fatal(err)
 	}

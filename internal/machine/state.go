@@ -184,6 +184,7 @@ func (s *State) pace(passed time.Duration, blocks []Block) {
 type Totals struct {
 	Epoch  uint64       `json:"epoch"`
 	Values [2][]float64 `json:"values"`
+	Resets uint64       `json:"resets,omitempty"` // how often they were taken up anew, because the counters had fallen
 }
 
 // keepCursors is how many rounds a cursor that does not move is kept.
@@ -315,10 +316,10 @@ func (s *State) Encode() ([]byte, error) {
 		switch {
 		case len(c.History) > 1:
 			c.History = c.History[len(c.History)/2:]
-		case c.Gates.Memory != nil:
-			c.Gates.Memory = nil
 		case len(c.Notes) > 0:
 			c.Notes = nil
+		case c.Gates.Gates != nil || c.Gates.Memory != nil || c.Sources != nil: // all that was learnt: a part of it would not be what it says
+			c.Gates, c.Sources, c.Pace = judge.State{Starts: c.Gates.Starts}, nil, nil
 		case len(c.Versions) > 2:
 			half := slices.Clone(c.Versions[:len(c.Versions)/2])
 			c.Versions = slices.DeleteFunc(c.Versions, func(e VersionEntry) bool {

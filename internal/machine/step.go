@@ -227,7 +227,7 @@ func (m *move) consume(i int, in Input) {
 		if slices.Contains(m.Rings, b.Ring) {
 			continue
 		}
-		m.p.Judge.Consume(&m.Gates, b.Block, active, m.reached(b.Ring, st) && b.Epoch >= m.Entered)
+		m.p.Judge.Consume(&m.Gates, b.Block, active, m.reached(b.Ring, st) && b.Epoch >= m.Entered && len(m.Set) == 0)
 	}
 	for _, b := range in.Breaches {
 		if !slices.Contains(m.Rings, b.Ring) {
@@ -435,7 +435,7 @@ func (m *move) rollbackRing(ring string, in *Incident) {
 	in.Ring = ring
 	m.Rings = append(m.Rings, ring)
 	m.Incident = in
-	m.Gates.Leave(ring)
+	m.p.Judge.Leave(&m.Gates, ring)
 	if !slices.ContainsFunc(m.p.Rings, func(r string) bool { return !slices.Contains(m.Rings, r) }) {
 		m.rollback(in)
 		return
