@@ -63,9 +63,9 @@ type Outcome struct {
 // Observe adds an observation.
 func (o *Outcome) Observe(obs rollout.Observation) { o.Observations = append(o.Observations, obs) }
 
-// Model says what comes of a request: it adds to the outcome what it knows. [Rate], [Timing], [Delay] and [Lost] make the
-// usual ones, and any function may stand beside them; Observations must not be kept after it returns. A model is called
-// from one goroutine, in the order of time, and must draw all chances from the request's Rand.
+// Model says what comes of a request: it adds to the outcome what it knows. [Rate], [Timing], [Score], [Mix], [Delay] and [Lost]
+// make the usual ones, and any function may stand beside them; Observations must not be kept after it returns. A model is
+// called from one goroutine, in the order of time, and must draw all chances from the request's Rand.
 type Model func(*Request, *Outcome)
 
 // population draws units. It is made of the seed alone.
