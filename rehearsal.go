@@ -20,7 +20,7 @@ func init() {
 	}
 }
 
-// rehearsal is Run in virtual time: the same tick, cells, gates and state document, but no goroutine, and nothing that
+// rehearsal is Run in virtual time: the same tick, cells, gates and state, but no goroutine, and nothing that
 // reaches anybody outside. It must not undo what is real, so the policy's rollback steps are left out.
 type rehearsal struct {
 	r   *Rollout
