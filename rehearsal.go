@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -29,6 +31,7 @@ type rehearsal struct {
 
 func newRehearsal(name string, p Policy, s virtual.Setup) (*rehearsal, error) {
 	o := &Options{Replica: "rehearsal", Interval: s.Interval, Logger: slog.New(slog.DiscardHandler)}
+	o.Sources, _ = s.Sources.(map[string]Source)
 	if _, err := New(name, p, o); err != nil { // also for what is left out below
 		return nil, err
 	}
@@ -65,6 +68,11 @@ func (v *rehearsal) Tick(ctx context.Context, last bool) error {
 			}
 		}
 	}
+	for _, name := range slices.Sorted(maps.Keys(v.r.o.Sources)) {
+		if err := v.read(ctx, name); err != nil {
+			return err
+		}
+	}
 	v.Woken() // this is the tick
 	if last {
 		v.r.finish(ctx)
@@ -86,6 +94,17 @@ func (v *rehearsal) ask(ctx context.Context, g Gate) error {
 	}
 	res.Cause, _, _ = strings.Cut(res.Cause, "\n") // a panic's stack is not the same each time
 	v.r.setCheck(g.name, res)
+	return nil
+}
+
+// read reads a Source. One that hangs ends the rehearsal, too.
+func (v *rehearsal) read(ctx context.Context, metric string) error {
+	asked, cancel := context.WithTimeout(ctx, v.r.checkTimeout()+stepGrace)
+	defer cancel()
+	v.r.readSource(asked, metric)
+	if asked.Err() != nil && ctx.Err() == nil {
+		return fmt.Errorf("the Source of %q gave no answer within %v", metric, v.r.checkTimeout())
+	}
 	return nil
 }
 

@@ -605,6 +605,71 @@ func TestCheckHangs(t *testing.T) {
 	})
 }
 
+// A Source is read once a tick, and what it says is judged; one that says nothing proves nothing.
+func TestSources(t *testing.T) {
+	counts := func(bad float64) (simulate.Model, rollout.Source) {
+		var n [2][2]float64
+		count := func(q *simulate.Request, o *simulate.Outcome) {
+			if c := q.Decision.Cohort(); c != rollout.None {
+				i := int(c - rollout.Control)
+				n[i][0]++
+				if p := 1.0; q.Rand.Float64()*100 < p+float64(i)*(bad-p) {
+					n[i][1]++
+				}
+			}
+			o.Observe(rollout.Latency.Observe(time.Millisecond)) // or the guard would say that nothing comes of them
+		}
+		return count, rollout.SourceFunc(func(_ context.Context, add func(string, string, bool, []float64)) error {
+			add("errors", "", false, n[0][:])
+			add("errors", "", true, n[1][:])
+			return nil
+		})
+	}
+	broken := rollout.SourceFunc(func(context.Context, func(string, string, bool, []float64)) error { return errors.New("down") })
+	for _, c := range []struct {
+		name   string
+		bad    float64
+		broken bool
+		want   rollout.State
+	}{{"good", 1, false, rollout.Completed}, {"bad", 8, false, rollout.RolledBack}, {"down", 1, true, rollout.Running}} {
+		t.Run(c.name, func(t *testing.T) {
+			count, source := counts(c.bad)
+			if c.broken {
+				source = broken
+			}
+			rep := run(t, policy(), simulate.Traffic{PerSecond: 50, Models: []simulate.Model{count}},
+				&simulate.Options{Horizon: time.Hour, Sources: map[string]rollout.Source{"errors": source}})
+			if rep.State != c.want {
+				t.Error(rep)
+			}
+			if n := rep.Gates[0].Candidate.N; c.broken != (n == 0) {
+				t.Errorf("%d outcomes", n)
+			}
+		})
+	}
+	o := &simulate.Options{Sources: map[string]rollout.Source{"else": broken}}
+	if _, err := simulate.Run(t.Context(), "test", policy(), errorsAt(simulate.Always(1), nil), o); err == nil || !strings.Contains(err.Error(), `"else"`) {
+		t.Error(err)
+	}
+}
+
+// A Source that does not return ends the rehearsal, as a Check does.
+func TestSourceHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		back := make(chan struct{})
+		defer close(back)
+		hangs := rollout.SourceFunc(func(context.Context, func(string, string, bool, []float64)) error {
+			<-back
+			return nil
+		})
+		o := &simulate.Options{Sources: map[string]rollout.Source{"errors": hangs}}
+		_, err := simulate.Run(t.Context(), "test", policy(), errorsAt(simulate.Always(1), nil), o)
+		if err == nil || !strings.Contains(err.Error(), `"errors" gave no answer`) {
+			t.Error(err)
+		}
+	})
+}
+
 // MayAdvance that is slow in real time is waited for: virtual time stands still.
 func TestMayAdvanceTakesItsTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
