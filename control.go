@@ -44,15 +44,15 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 			in := r.input(c, k)
 			r.addSources(l.st, &in)
 			var more []machine.Event
+			sources, acted, phase := l.st.Sources, slices.Clone(l.st.Acted), l.st.Phase
 			next, more = r.stepAsking(ctx, l.st, in)
 			l.events = append(l.events, more...)
 			news := len(l.events) + len(in.Blocks) + len(in.Outcomes) + len(in.Breaches)
-			if in.Sources != nil && !sameTotals(in.Sources, l.st.Sources) {
+			if in.Sources != nil && !sameTotals(in.Sources, sources) {
 				news++
 			}
-			acted := !slices.Equal(next.Acted, l.st.Acted)
-			if !l.dirty && !acted && news == 0 && k.at.Sub(c.stored) < 12*r.o.Interval {
-				if l.st.Phase != machine.Running {
+			if !l.dirty && slices.Equal(next.Acted, acted) && news == 0 && k.at.Sub(c.stored) < 12*r.o.Interval {
+				if phase != machine.Running {
 					c.stepped = k.at // time held does not count
 				}
 				r.follow(l.stored, l.standing, nil)
@@ -179,16 +179,18 @@ func (r *Rollout) input(c *clock, k *cut) machine.Input {
 	}
 }
 
-// stepAsking is one step from st. MayAdvance is asked only where a share would rise.
+// stepAsking is one step from st, which is the caller's no more. MayAdvance is asked only where a share would rise.
 func (r *Rollout) stepAsking(ctx context.Context, st *machine.State, in machine.Input) (*machine.State, []machine.Event) {
+	if r.policy.MayAdvance == nil {
+		return st, machine.Step(st, r.plan, in)
+	}
 	next := st.Clone()
 	events := machine.Step(next, r.plan, in)
-	if r.policy.MayAdvance == nil || !machine.Raises(st, next) || r.mayAdvance(ctx, in.Now) {
+	if !machine.Raises(st, next) || r.mayAdvance(ctx, in.Now) {
 		return next, events
 	}
 	in.MayAdvance = false
-	next = st.Clone()
-	return next, machine.Step(next, r.plan, in)
+	return st, machine.Step(st, r.plan, in)
 }
 
 // mayAdvance asks the host. A panic, or no answer within a tick, is no.

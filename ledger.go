@@ -166,9 +166,15 @@ func (m *metricLedger) read(ring *ringView, j int, view *metricView) reading {
 	for c := range now.totals {
 		totals := make([]uint64, view.cells*view.groups)
 		ring.outcomes[c][j].AddGroupsTo(totals)
-		by, cells := less(totals, m.consumed[c]), make([]uint64, view.cells)
-		for k, n := range by {
-			cells[k%view.cells] += n
+		by := less(totals, m.consumed[c])
+		cells := by
+		if view.groups > 1 {
+			cells = make([]uint64, view.cells)
+			for g := range view.groups {
+				for k, n := range by[g*view.cells : (g+1)*view.cells] {
+					cells[k] += n
+				}
+			}
 		}
 		now.totals[c], now.cells[c], now.sums[c] = totals, cells, sum(cells)
 		if view.groups > 1 {

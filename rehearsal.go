@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,7 +22,7 @@ func init() {
 	}
 }
 
-// rehearsal is Run in virtual time: the same tick, cells, gates and state document, but no goroutine, and nothing that
+// rehearsal is Run in virtual time: the same tick, cells, gates and state, but no goroutine, and nothing that
 // reaches anybody outside. It must not undo what is real, so the policy's rollback steps are left out.
 type rehearsal struct {
 	r   *Rollout
@@ -29,6 +31,7 @@ type rehearsal struct {
 
 func newRehearsal(name string, p Policy, s virtual.Setup) (*rehearsal, error) {
 	o := &Options{Replica: "rehearsal", Interval: s.Interval, Logger: slog.New(slog.DiscardHandler)}
+	o.Sources, _ = s.Sources.(map[string]Source)
 	if _, err := New(name, p, o); err != nil { // also for what is left out below
 		return nil, err
 	}
@@ -65,6 +68,11 @@ func (v *rehearsal) Tick(ctx context.Context, last bool) error {
 			}
 		}
 	}
+	for _, name := range slices.Sorted(maps.Keys(v.r.o.Sources)) {
+		if err := v.read(ctx, name); err != nil {
+			return err
+		}
+	}
 	alarm := v.r.clock.alarm
 	v.Woken() // this is the tick
 	v.r.clock.alarm = alarm
@@ -89,6 +97,17 @@ func (v *rehearsal) ask(ctx context.Context, g Gate) error {
 	}
 	res.Cause, _, _ = strings.Cut(res.Cause, "\n") // a panic's stack is not the same each time
 	v.r.setCheck(g.name, res)
+	return nil
+}
+
+// read reads a Source. One that hangs ends the rehearsal, too.
+func (v *rehearsal) read(ctx context.Context, metric string) error {
+	asked, cancel := context.WithTimeout(ctx, v.r.checkTimeout()+stepGrace)
+	defer cancel()
+	v.r.readSource(asked, metric)
+	if asked.Err() != nil && ctx.Err() == nil {
+		return fmt.Errorf("the Source of %q gave no answer within %v", metric, v.r.checkTimeout())
+	}
 	return nil
 }
 

@@ -70,7 +70,7 @@ type Rollout struct {
 	gates       []Gate
 	metrics     []metricView
 	o           Options
-	store       Store
+	store       Store // nil: none, its state is kept as it is
 	shared      bool
 	incarnation string           // of this Rollout: one life of one process
 	now         func() time.Time // the control path's clock; a rehearsal has one of its own
@@ -90,7 +90,7 @@ type Rollout struct {
 
 	firstUnknown atomic.Pointer[string] // metric to be logged
 	op           atomic.Uint64
-	decoded      atomic.Pointer[decoded] // the last state loaded
+	decoded      atomic.Pointer[decoded] // the last state loaded; without a Store, the state
 	stray        atomic.Int64            // store calls that have not come back
 	asking       atomic.Bool             // MayAdvance has not come back
 
@@ -160,9 +160,6 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	}
 	if r.o.Interval == 0 {
 		r.o.Interval = defaultInterval
-	}
-	if r.store == nil {
-		r.store = MemStore()
 	}
 	replica := opts.Replica
 	if replica == "" {

@@ -74,7 +74,9 @@ func (r *Rollout) Run(ctx context.Context) error {
 	for name := range r.o.Sources {
 		work.Go(func() { r.watchSource(ctx, name) })
 	}
-	work.Go(func() { r.watch(ctx) })
+	if r.shared {
+		work.Go(func() { r.watch(ctx) })
+	}
 	stop := make(chan struct{})
 	var told sync.WaitGroup
 	told.Go(func() { r.dispatch(stop) })

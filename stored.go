@@ -25,9 +25,6 @@ func use[T any](ctx context.Context, r *Rollout, f func(context.Context) (T, err
 	if err := ctx.Err(); err != nil {
 		return zero, err
 	}
-	if !r.shared { // memory does not hang
-		return f(ctx)
-	}
 	if r.stray.Load() >= maxStray {
 		return zero, errors.New("the Store has not come back from earlier calls")
 	}
@@ -46,8 +43,16 @@ type decoded struct {
 	rev uint64
 }
 
-// load reads the stored state, which the caller must not change; nil if there is none.
+// load reads the stored state, which the caller must not change; nil if there is none. Without a Store it is the state
+// that was written, and never becomes a document: nobody else would read it.
 func (r *Rollout) load(ctx context.Context) (*machine.State, uint64, error) {
+	if !r.shared {
+		d := r.decoded.Load()
+		if d == nil || ctx.Err() != nil {
+			return nil, 0, ctx.Err()
+		}
+		return d.st, d.rev, nil
+	}
 	type loaded struct {
 		value []byte
 		rev   uint64
@@ -74,18 +79,25 @@ func (r *Rollout) load(ctx context.Context) (*machine.State, uint64, error) {
 }
 
 // swap writes the state over revision old. An outcome that is unknown is looked up once: landed says whether this very
-// write is there.
+// write is there. The caller must not change st any more.
 func (r *Rollout) swap(ctx context.Context, st *machine.State, old uint64) (landed bool, err error) {
 	st.Writer, st.Op = r.incarnation, strconv.FormatUint(r.op.Add(1), 36)
+	if !r.shared {
+		was := r.decoded.Load()
+		switch {
+		case ctx.Err() != nil:
+			return false, ctx.Err()
+		case was == nil && old != 0, was != nil && was.rev != old:
+			return false, nil
+		}
+		return r.decoded.CompareAndSwap(was, &decoded{st, old + 1}), nil
+	}
 	doc, err := st.Encode()
 	if err != nil {
 		return false, err
 	}
 	landed, err = use(ctx, r, func(ctx context.Context) (bool, error) {
-		rev, swapped, err := r.store.CompareAndSwap(ctx, r.key(), old, doc)
-		if swapped && r.virtual {
-			r.decoded.Store(&decoded{st, rev}) // nobody else writes, and reading it again would take most of the time
-		}
+		_, swapped, err := r.store.CompareAndSwap(ctx, r.key(), old, doc)
 		return swapped, err
 	})
 	if err == nil {

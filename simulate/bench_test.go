@@ -1,6 +1,7 @@
 package simulate_test
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -8,10 +9,10 @@ import (
 	"github.com/stagedrollout/rollout/simulate"
 )
 
-// BenchmarkRun is a rehearsal of an hour at 2,000 requests a second, with three rings and five gates.
+// BenchmarkRun is a rehearsal of an hour, with three rings and five gates, at several requests a second.
 func BenchmarkRun(b *testing.B) {
 	latency := simulate.Durations{Median: 50 * time.Millisecond, Spread: .5}
-	timeouts := rollout.NewRate("timeouts")
+	scores := simulate.Scores{Mean: simulate.Always(.8), Spread: .15}
 	p := rollout.Policy{
 		Rings: []rollout.Ring{{Name: "staff"}, {Name: "beta"}},
 		Stages: []rollout.Stage{
@@ -20,23 +21,30 @@ func BenchmarkRun(b *testing.B) {
 		Bake: 10 * time.Minute, Holdback: 5,
 		Gates: []rollout.Gate{
 			rollout.Errors.Within(1), rollout.Errors.AtMost(10), rollout.Latency.Quantile(.99).WithinFactor(1.2),
-			rollout.Latency.Quantile(.5).WithinFactor(1.1), timeouts.Within(1),
+			grade.Within(.1), route.NoChange().OnFail(rollout.Report),
 		},
 	}
-	requests := 0
-	for seed := range b.N {
-		report, err := simulate.Run(b.Context(), "bench", p, simulate.Traffic{
-			PerSecond: 2000, Units: 100_000, Skew: 1, Rings: map[string]rollout.Percent{"staff": 1, "beta": 9},
-			Models: []simulate.Model{
-				simulate.Rate(rollout.Errors, simulate.Always(1), nil),
-				simulate.Timing(rollout.Latency, latency, latency),
-				simulate.Rate(timeouts, simulate.Always(.5), nil),
-			},
-		}, &simulate.Options{Seed: uint64(seed), Horizon: 65 * time.Minute})
-		if err != nil {
-			b.Fatal(err)
-		}
-		requests += report.Requests
+	for _, perSecond := range []float64{20, 200, 2000} {
+		b.Run(fmt.Sprint(perSecond), func(b *testing.B) {
+			requests, ticks := 0, 0
+			for seed := range b.N {
+				report, err := simulate.Run(b.Context(), "bench", p, simulate.Traffic{
+					PerSecond: perSecond, Units: 100_000, Skew: 1, Rings: map[string]rollout.Percent{"staff": 1, "beta": 9},
+					Models: []simulate.Model{
+						simulate.Rate(rollout.Errors, simulate.Always(1), nil),
+						simulate.Timing(rollout.Latency, latency, latency),
+						simulate.Score(grade, scores, scores),
+						simulate.Mix(route, simulate.Parts{"near": simulate.Always(3), "far": simulate.Always(1)}, nil),
+					},
+				}, &simulate.Options{Seed: uint64(seed), Horizon: time.Hour})
+				if err != nil {
+					b.Fatal(err)
+				}
+				requests += report.Requests
+				ticks += int(report.End / (5 * time.Second))
+			}
+			b.ReportMetric(float64(requests)/b.Elapsed().Seconds(), "requests/s")
+			b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(ticks), "µs/tick")
+		})
 	}
-	b.ReportMetric(float64(requests)/b.Elapsed().Seconds(), "requests/s")
 }

@@ -1,8 +1,10 @@
 package simulate
 
 import (
+	"maps"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/stagedrollout/rollout"
@@ -138,12 +140,89 @@ func Timing(m rollout.Timing, stable, candidate Durations) Model {
 	return func(q *Request, o *Outcome) { o.Observe(m.Observe(either(&stable, &candidate, q).draw(q))) }
 }
 
+// Scores have a Beta distribution between two ends.
+type Scores struct {
+	Mean   Level   // nil: 0
+	Spread float64 // standard deviation; 0: each is the mean
+	// Low and High are the ends, those of the metric. Both zero: 0 and 1.
+	Low, High float64
+}
+
+func (s *Scores) draw(q *Request) float64 {
+	low, high := s.Low, s.High
+	if low == 0 && high == 0 {
+		high = 1
+	}
+	width := high - low
+	mean := min(max((s.Mean.at(q)-low)/width, 0), 1)
+	// Between its ends no distribution of the mean has as great a variance as two heaps at the ends.
+	k := mean*(1-mean)/(s.Spread/width*s.Spread/width) - 1
+	switch {
+	case s.Spread == 0 || mean == 0 || mean == 1:
+	case k > 0:
+		mean = beta(q.Rand, mean*k, (1-mean)*k)
+	case q.Rand.Float64() < mean:
+		mean = 1
+	default:
+		mean = 0
+	}
+	return low + width*mean
+}
+
+// Score observes a score under the stable version and under the candidate.
+func Score(m rollout.Score, stable, candidate Scores) Model {
+	return func(q *Request, o *Outcome) { o.Observe(m.Observe(either(&stable, &candidate, q).draw(q))) }
+}
+
+// Parts are how often each label of a mix comes, as parts of their sum: percentages, or any other weights.
+type Parts map[string]Level
+
+// Mix observes which of a few it was under the stable version and under the candidate. A nil candidate is as stable.
+// Nothing is observed where all parts are 0.
+func Mix(m rollout.Mix, stable, candidate Parts) Model {
+	if candidate == nil {
+		candidate = stable
+	}
+	s, c := newLabels(m, stable), newLabels(m, candidate)
+	return func(q *Request, o *Outcome) { either(&s, &c, q).observe(q, o) }
+}
+
+// labels are Parts in an order that is always the same.
+type labels struct {
+	each  []rollout.Observation
+	parts []Level
+}
+
+func newLabels(m rollout.Mix, p Parts) labels {
+	var l labels
+	for _, label := range slices.Sorted(maps.Keys(p)) {
+		l.each, l.parts = append(l.each, m.Observe(label)), append(l.parts, p[label])
+	}
+	return l
+}
+
+func (l *labels) observe(q *Request, o *Outcome) {
+	sum := 0.0
+	upto := make([]float64, 0, 16) // rehearsals may share a model: room of its own for each call, and none on the heap
+	for _, part := range l.parts {
+		sum += max(part.at(q), 0)
+		upto = append(upto, sum)
+	}
+	u := q.Rand.Float64() * sum
+	for i := range upto {
+		if u < upto[i] {
+			o.Observe(l.each[i])
+			return
+		}
+	}
+}
+
 // Delay has outcomes come that long after the request.
 func Delay(stable, candidate Durations) Model {
 	return func(q *Request, o *Outcome) { o.Delay += either(&stable, &candidate, q).draw(q) }
 }
 
-func either(stable, candidate *Durations, q *Request) *Durations {
+func either[T any](stable, candidate *T, q *Request) *T {
 	if q.Decision.Enabled() {
 		return candidate
 	}

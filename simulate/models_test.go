@@ -2,6 +2,7 @@ package simulate_test
 
 import (
 	"math"
+	"reflect"
 	"testing"
 	"time"
 
@@ -149,6 +150,85 @@ func TestTimingModel(t *testing.T) {
 	for i := range n {
 		near(t, "over the median", over[i], n[i], 52)
 		near(t, "slow", slow[i], n[i], 4)
+	}
+}
+
+// values are the observations of a model that only some requests are asked of, by whether they got the candidate.
+func values[T any](t *testing.T, m simulate.Model, at func(*simulate.Request, *simulate.Outcome) (T, bool)) (got [2][]T) {
+	watch(t, simulate.Traffic{PerSecond: 50, Units: 100, Models: []simulate.Model{m}}, func(q *simulate.Request, o *simulate.Outcome) {
+		v, ok := at(q, o)
+		if i := 0; ok {
+			if q.Decision.Enabled() {
+				i = 1
+			}
+			got[i] = append(got[i], v)
+		}
+	})
+	return got
+}
+
+func TestScoreModel(t *testing.T) {
+	// A Spread of 2 is half the range: two heaps at the ends. One of 0 is the mean each time.
+	for _, c := range []struct{ mean, spread float64 }{{2, .5}, {1, .25}, {1, 2}, {2.5, 0}, {-1, .5}, {3, .5}} {
+		stable := simulate.Scores{Mean: simulate.Always(1), Spread: .3, Low: -1, High: 3}
+		candidate := simulate.Scores{Mean: simulate.Always(c.mean), Spread: c.spread, Low: -1, High: 3}
+		got := values(t, simulate.Score(rollout.NewScore("other", -1, 3), stable, candidate), func(_ *simulate.Request, o *simulate.Outcome) (float64, bool) {
+			return math.Float64frombits(reflect.ValueOf(o.Observations[0]).FieldByName("value").Uint()), true
+		})
+		for i, want := range []struct{ mean, spread float64 }{{1, .3}, {c.mean, c.spread}} {
+			n, sum, squares := float64(len(got[i])), 0.0, 0.0
+			for _, x := range got[i] {
+				if x < -1 || x > 3 {
+					t.Fatalf("%v is not of the range", x)
+				}
+				sum += x
+				squares += (x - want.mean) * (x - want.mean)
+			}
+			if want.mean == -1 || want.mean == 3 {
+				want.spread = 0
+			}
+			if off := math.Abs(sum/n - want.mean); off > 5*want.spread/math.Sqrt(n)+1e-9 {
+				t.Errorf("%v: the mean is off by %v", want, off)
+			}
+			if sd := math.Sqrt(squares / n); math.Abs(sd-want.spread) > .03*want.spread+1e-9 {
+				t.Errorf("%v: the standard deviation is %v", want, sd)
+			}
+		}
+	}
+}
+
+func TestMixModel(t *testing.T) {
+	m := rollout.NewMix("other", "a", "b", "c")
+	labels := map[rollout.Observation]string{}
+	for _, label := range []string{"a", "b", "c"} {
+		labels[m.Observe(label)] = label
+	}
+	stable := simulate.Parts{"a": simulate.Always(6), "b": simulate.Always(3), "c": simulate.Always(1)}
+	candidate := simulate.Parts{"a": simulate.Always(30), "c": simulate.Always(60), "b": simulate.Always(10)}
+	late := simulate.Parts{"a": nil, "b": simulate.Level(nil).After(30*time.Minute, simulate.Always(1))}
+	of := func(_ *simulate.Request, o *simulate.Outcome) (string, bool) {
+		if len(o.Observations) == 0 {
+			return "", false
+		}
+		return labels[o.Observations[0]], true
+	}
+	for _, c := range []struct {
+		candidate simulate.Parts
+		want      [3]float64
+	}{{candidate, [3]float64{30, 10, 60}}, {nil, [3]float64{60, 30, 10}}, {late, [3]float64{0, 100, 0}}} {
+		got := values(t, simulate.Mix(m, stable, c.candidate), of)
+		for i, want := range [2][3]float64{{60, 30, 10}, c.want} {
+			n := map[string]int{}
+			for _, label := range got[i] {
+				n[label]++
+			}
+			for k, label := range []string{"a", "b", "c"} {
+				near(t, label, n[label], len(got[i]), want[k])
+			}
+		}
+	}
+	if none := values(t, simulate.Mix(m, simulate.Parts{"a": nil}, nil), of); len(none[0])+len(none[1]) != 0 {
+		t.Error("something was observed of no parts")
 	}
 }
 

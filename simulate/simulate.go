@@ -26,14 +26,15 @@
 //
 // What decides is not a model of the library but the library: the same Decide, Record, ticks, gates and state as in
 // [rollout.Rollout.Run], in one process, with a Store in memory and a clock that stands still between ticks. An hour takes a
-// second or so. The same seed, policy and traffic give the same report, as long as Checks, MayAdvance and an Operator
+// second or so. The same seed, policy and traffic give the same report, as long as Checks, Sources, MayAdvance and an Operator
 // answer the same.
 //
 // # What a rehearsal leaves out
 //
 // It must not undo or tell anything real. Rollback steps are never run: a rollback is over when everybody has the stable
 // version. MayAdvance is asked only if [Options] say so. There are no subscribers, no log and no OpenTelemetry. A Check is
-// asked, once a tick: put one that answers by itself into the policy if the real one looks at production.
+// asked, once a tick: put one that answers by itself into the policy if the real one looks at production. Metrics that are
+// measured elsewhere have no outcomes unless [Options] have Sources.
 //
 // # How a report is to be read
 //
@@ -68,6 +69,9 @@ type Options struct {
 	Start time.Time
 	// MayAdvance has the policy's MayAdvance asked, with virtual times. Otherwise it always may.
 	MayAdvance bool
+	// Sources measure metrics elsewhere, as those of rollout.Options do. Each is read once a tick, while virtual time stands
+	// still: one that a model feeds needs no lock. What the traffic observes of such a metric is not judged.
+	Sources map[string]rollout.Source
 	// Operator is called after each tick and may use every verb of the rollout, such as Approve: without it nobody
 	// approves or resumes anything. What it does takes effect at once. It must not keep r. An error ends the rehearsal.
 	Operator func(ctx context.Context, at time.Duration, r *rollout.Rollout) error
@@ -79,8 +83,8 @@ const defaultHorizon = 24 * time.Hour
 
 // Run rehearses a policy under made-up traffic until it is Completed or rolled back, or until the horizon. A rollout that
 // is held goes on being judged. name is the rollout's: it decides which units come first, unless the policy has a Salt. o
-// may be nil. The error names every field that is wrong, or is that of ctx, of an Operator, or of a Check that does not
-// return. Runs may be made at the same time if what the policy and the traffic call allows it.
+// may be nil. The error names every field that is wrong, or is that of ctx, of an Operator, or of a Check or a Source
+// that does not return. Runs may be made at the same time if what the policy and the traffic call allows it.
 func Run(ctx context.Context, name string, p rollout.Policy, t Traffic, o *Options) (Report, error) {
 	e, err := newEngine(name, p, o, t.problems())
 	if err != nil {
@@ -205,7 +209,7 @@ func newEngine(name string, p rollout.Policy, o *Options, problems []error) (*en
 	}
 	dither := rand.New(rand.NewPCG(e.o.Seed, 2))
 	process, err := virtual.New(name, p, virtual.Setup{
-		Interval: max(e.o.Interval, 0), Dither: dither.Uint32, MayAdvance: e.o.MayAdvance,
+		Interval: max(e.o.Interval, 0), Dither: dither.Uint32, MayAdvance: e.o.MayAdvance, Sources: e.o.Sources,
 	})
 	if err != nil {
 		problems = append(problems, err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -182,16 +183,23 @@ func everything() simulate.Traffic {
 		Models: []simulate.Model{
 			simulate.Rate(rollout.Errors, simulate.Always(1).ByUnit(.2), nil),
 			simulate.Timing(rollout.Latency, latency, latency),
+			simulate.Score(grade, simulate.Scores{Mean: simulate.Always(.8), Spread: .15}, simulate.Scores{Mean: simulate.Always(.79), Spread: .2}),
+			simulate.Mix(route, simulate.Parts{"near": simulate.Always(60), "far": simulate.Always(30), "lost": simulate.Always(10)}, nil),
 			simulate.Delay(latency, latency),
 			simulate.Lost(simulate.Always(.1), nil),
 		},
 	}
 }
 
+var (
+	grade = rollout.NewScore("grade", 0, 1)
+	route = rollout.NewMix("route", "near", "far")
+)
+
 func TestDeterministic(t *testing.T) {
 	p := policy()
 	p.Rings = []rollout.Ring{{Name: "staff"}, {Name: "beta"}}
-	p.Gates = append(p.Gates, rollout.Latency.Quantile(.9).WithinFactor(1.3), rollout.NewRate("odd").Never(),
+	p.Gates = append(p.Gates, rollout.Latency.Quantile(.9).WithinFactor(1.3), rollout.NewRate("odd").Never(), grade.Within(.1), route.Within(.2),
 		rollout.Check("panics", func(context.Context) (rollout.Verdict, error) { panic("no") }))
 	texts := map[string]bool{}
 	for seed := range uint64(3) {
@@ -413,6 +421,60 @@ func TestReplay(t *testing.T) {
 	}
 }
 
+// Scores and mixes are judged in a rehearsal, made up or recorded, and a candidate that is worse in either is found.
+func TestScoresAndMixes(t *testing.T) {
+	p := half()
+	p.Gates = []rollout.Gate{grade.Within(.05), route.Within(.1)}
+	stable := simulate.Scores{Mean: simulate.Always(.8), Spread: .15}
+	parts := simulate.Parts{"near": simulate.Always(60), "far": simulate.Always(30), "lost": simulate.Always(10)}
+	for _, c := range []struct {
+		name  string
+		score simulate.Scores
+		parts simulate.Parts
+		gate  string // "": it completes
+	}{
+		{"good", stable, nil, ""},
+		{"worse score", simulate.Scores{Mean: simulate.Always(.65), Spread: .15}, nil, "grade.Within(0.05)"},
+		{"other routes", stable, simulate.Parts{"near": simulate.Always(30), "far": simulate.Always(60), "lost": simulate.Always(10)}, "route.Within(0.1)"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			// What the rehearsal with made-up traffic saw is recorded, and must say the same again.
+			var rs []simulate.Recorded
+			start := time.Date(2024, 5, 1, 12, 0, 0, 0, time.UTC)
+			tr := simulate.Traffic{PerSecond: 20, Models: []simulate.Model{simulate.Score(grade, stable, c.score), simulate.Mix(route, parts, c.parts)}}
+			tr.Models = append(tr.Models, func(q *simulate.Request, o *simulate.Outcome) {
+				if q.Decision.Cohort() != rollout.None {
+					rs = append(rs, simulate.Recorded{Time: start.Add(q.At), Unit: q.Unit, Cohort: q.Decision.Cohort(), Observations: slices.Clone(o.Observations)})
+				}
+			})
+			made := run(t, p, tr, nil)
+			again, err := simulate.Replay(t.Context(), "test", p, slices.Values(rs), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, rep := range []simulate.Report{made, again} {
+				if c.gate == "" {
+					if rep.State != rollout.Completed {
+						t.Error(rep)
+					}
+				} else if rep.State != rollout.RolledBack || rep.Incident.Gate != c.gate {
+					t.Error(rep)
+				}
+				if g := rep.Gates[0]; math.Abs(g.Control.Mean-.8) > .02 || g.Control.N < 100 {
+					t.Errorf("%+v", g)
+				}
+				g := rep.Gates[1].Control
+				if n := g.Mix["near"] + g.Mix["far"] + g.Mix["other"]; n != g.N || g.Mix["other"] == 0 || g.Mix["near"] < g.Mix["far"] {
+					t.Errorf("%+v", g)
+				}
+			}
+			if made.End.Round(time.Minute) != again.End.Round(time.Minute) {
+				t.Errorf("made up it took %v, replayed %v", made.End, again.End)
+			}
+		})
+	}
+}
+
 // Recorded cohorts count as recorded, each outcome once, and where nobody compares they are skipped.
 func TestReplayForcesCohorts(t *testing.T) {
 	rs := aa(999)
@@ -538,6 +600,71 @@ func TestCheckHangs(t *testing.T) {
 		}))
 		_, err := simulate.Run(t.Context(), "test", p, errorsAt(simulate.Always(1), nil), nil)
 		if err == nil || !strings.Contains(err.Error(), `"slow" gave no answer`) {
+			t.Error(err)
+		}
+	})
+}
+
+// A Source is read once a tick, and what it says is judged; one that says nothing proves nothing.
+func TestSources(t *testing.T) {
+	counts := func(bad float64) (simulate.Model, rollout.Source) {
+		var n [2][2]float64
+		count := func(q *simulate.Request, o *simulate.Outcome) {
+			if c := q.Decision.Cohort(); c != rollout.None {
+				i := int(c - rollout.Control)
+				n[i][0]++
+				if p := 1.0; q.Rand.Float64()*100 < p+float64(i)*(bad-p) {
+					n[i][1]++
+				}
+			}
+			o.Observe(rollout.Latency.Observe(time.Millisecond)) // or the guard would say that nothing comes of them
+		}
+		return count, rollout.SourceFunc(func(_ context.Context, add func(string, string, bool, []float64)) error {
+			add("errors", "", false, n[0][:])
+			add("errors", "", true, n[1][:])
+			return nil
+		})
+	}
+	broken := rollout.SourceFunc(func(context.Context, func(string, string, bool, []float64)) error { return errors.New("down") })
+	for _, c := range []struct {
+		name   string
+		bad    float64
+		broken bool
+		want   rollout.State
+	}{{"good", 1, false, rollout.Completed}, {"bad", 8, false, rollout.RolledBack}, {"down", 1, true, rollout.Running}} {
+		t.Run(c.name, func(t *testing.T) {
+			count, source := counts(c.bad)
+			if c.broken {
+				source = broken
+			}
+			rep := run(t, policy(), simulate.Traffic{PerSecond: 50, Models: []simulate.Model{count}},
+				&simulate.Options{Horizon: time.Hour, Sources: map[string]rollout.Source{"errors": source}})
+			if rep.State != c.want {
+				t.Error(rep)
+			}
+			if n := rep.Gates[0].Candidate.N; c.broken != (n == 0) {
+				t.Errorf("%d outcomes", n)
+			}
+		})
+	}
+	o := &simulate.Options{Sources: map[string]rollout.Source{"else": broken}}
+	if _, err := simulate.Run(t.Context(), "test", policy(), errorsAt(simulate.Always(1), nil), o); err == nil || !strings.Contains(err.Error(), `"else"`) {
+		t.Error(err)
+	}
+}
+
+// A Source that does not return ends the rehearsal, as a Check does.
+func TestSourceHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		back := make(chan struct{})
+		defer close(back)
+		hangs := rollout.SourceFunc(func(context.Context, func(string, string, bool, []float64)) error {
+			<-back
+			return nil
+		})
+		o := &simulate.Options{Sources: map[string]rollout.Source{"errors": hangs}}
+		_, err := simulate.Run(t.Context(), "test", policy(), errorsAt(simulate.Always(1), nil), o)
+		if err == nil || !strings.Contains(err.Error(), `"errors" gave no answer`) {
 			t.Error(err)
 		}
 	})

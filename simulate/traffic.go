@@ -63,22 +63,27 @@ type Outcome struct {
 // Observe adds an observation.
 func (o *Outcome) Observe(obs rollout.Observation) { o.Observations = append(o.Observations, obs) }
 
-// Model says what comes of a request: it adds to the outcome what it knows. [Rate], [Timing], [Delay] and [Lost] make the
-// usual ones, and any function may stand beside them; Observations must not be kept after it returns. A model is called
-// from one goroutine, in the order of time, and must draw all chances from the request's Rand.
+// Model says what comes of a request: it adds to the outcome what it knows. [Rate], [Timing], [Score], [Mix], [Delay] and [Lost]
+// make the usual ones, and any function may stand beside them; Observations must not be kept after it returns. A model is
+// called from one goroutine, in the order of time, and must draw all chances from the request's Rand.
 type Model func(*Request, *Outcome)
 
 // population draws units. It is made of the seed alone.
 type population struct {
-	units   []rollout.Unit
-	seeds   []uint64
-	alias   []int // Walker's method: a draw in constant time, whatever the activities
-	cut     []float64
+	units   []person
 	rings   []string
 	upto    []float64 // percent, cumulative
 	groups  [][]string
 	drawn   uint64
 	loopers []rollout.Unit
+}
+
+// person is one unit with all that its draw takes, side by side: among many units each look is one into slow memory.
+type person struct {
+	unit  rollout.Unit
+	seed  uint64
+	alias int // Walker's method: a draw in constant time, whatever the activities
+	cut   float64
 }
 
 func newPopulation(t *Traffic, salt string, rng *rand.Rand) *population {
@@ -90,9 +95,10 @@ func newPopulation(t *Traffic, salt string, rng *rand.Rand) *population {
 		p.groups = append(p.groups, []string{ring})
 	}
 	weights := make([]float64, t.Units)
-	for i := range t.Units {
-		p.units = append(p.units, rollout.Unit{Key: "u" + strconv.Itoa(i), Groups: p.group(rng)})
-		p.seeds = append(p.seeds, rng.Uint64())
+	p.units = make([]person, t.Units)
+	for i := range p.units {
+		p.units[i].unit = rollout.Unit{Key: "u" + strconv.Itoa(i), Groups: p.group(rng)}
+		p.units[i].seed = rng.Uint64()
 		weights[i] = math.Exp(t.Skew * rng.NormFloat64())
 	}
 	p.weigh(weights)
@@ -121,11 +127,10 @@ func (p *population) weigh(weights []float64) {
 	for _, w := range weights {
 		sum += w
 	}
-	p.alias, p.cut = make([]int, n), make([]float64, n)
 	var small, large []int
 	for i, w := range weights {
-		p.alias[i], p.cut[i] = i, w/sum*float64(n)
-		if p.cut[i] < 1 {
+		p.units[i].alias, p.units[i].cut = i, w/sum*float64(n)
+		if p.units[i].cut < 1 {
 			small = append(small, i)
 		} else {
 			large = append(large, i)
@@ -134,8 +139,8 @@ func (p *population) weigh(weights []float64) {
 	for len(small) > 0 && len(large) > 0 {
 		s, l := small[len(small)-1], large[len(large)-1]
 		small = small[:len(small)-1]
-		p.alias[s] = l
-		if p.cut[l] -= 1 - p.cut[s]; p.cut[l] < 1 {
+		p.units[s].alias = l
+		if p.units[l].cut -= 1 - p.units[s].cut; p.units[l].cut < 1 {
 			large, small = large[:len(large)-1], append(small, l)
 		}
 	}
@@ -150,10 +155,10 @@ func (p *population) draw(rng *rand.Rand, q *Request) int {
 		return -1
 	}
 	i := rng.IntN(len(p.units))
-	if rng.Float64() >= p.cut[i] {
-		i = p.alias[i]
+	if rng.Float64() >= p.units[i].cut {
+		i = p.units[i].alias
 	}
-	q.Unit, q.seed = p.units[i], p.seeds[i]
+	q.Unit, q.seed = p.units[i].unit, p.units[i].seed
 	return i
 }
 

@@ -65,28 +65,30 @@ func (t *Table) Width() int { return t.width }
 func (t *Table) Groups() int { return t.groups }
 
 // AddTo adds the present totals, summed over shards, layers and groups, to dst, which must have length [Table.Width].
-func (t *Table) AddTo(dst []uint64) {
-	t.each(0, t.stride-line, func(k int, n uint64) { dst[k%t.width] += n })
-}
+func (t *Table) AddTo(dst []uint64) { t.add(dst[:t.width], 0, t.stride-line) }
 
 // AddGroupsTo adds the present totals, summed over shards and layers, to dst, group after group. It must have room for
 // the cells of every group.
-func (t *Table) AddGroupsTo(dst []uint64) {
-	t.each(0, t.stride-line, func(k int, n uint64) { dst[k%t.layer] += n })
-}
+func (t *Table) AddGroupsTo(dst []uint64) { t.add(dst[:t.layer], 0, t.stride-line) }
 
 // AddLayerTo is AddGroupsTo of one layer.
 func (t *Table) AddLayerTo(dst []uint64, layer int) {
-	t.each(layer*t.layer, (layer+1)*t.layer, func(k int, n uint64) { dst[k%t.layer] += n })
+	t.add(dst[:t.layer], layer*t.layer, (layer+1)*t.layer)
 }
 
-// each calls f with the words from one index to another of every shard that are not zero.
-func (t *Table) each(from, to int, f func(k int, n uint64)) {
+// add adds the words from one index to another of every shard to dst, over and over. A table has many more words than
+// ever count anything, so it goes through them as fast as they come.
+func (t *Table) add(dst []uint64, from, to int) {
 	for s := range Shards {
-		for k := from; k < to; k++ {
-			if n := t.words[s*t.stride+k].Load(); n > 0 {
-				f(k, n)
+		words := t.words[s*t.stride+from : s*t.stride+to]
+		for len(words) > 0 {
+			row := words[:min(len(dst), len(words))]
+			for k := range row {
+				if n := row[k].Load(); n > 0 {
+					dst[k] += n
+				}
 			}
+			words = words[len(row):]
 		}
 	}
 }

@@ -10,6 +10,18 @@ const shown = 50
 // Assess returns a Result for each gate, in the order of New. checks holds the
 // last answers of the Check gates by Spec.Name. It changes nothing.
 func (j *Judge) Assess(st *State, checks map[string]CheckResult) []Result {
+	rs := j.Verdicts(st, checks)
+	for i := range rs {
+		if g := &j.gates[i]; g.Kind != Check {
+			j.show(&rs[i], st, g, st.known(g))
+		}
+	}
+	return rs
+}
+
+// Verdicts are the Results without what is only shown: the cohorts' estimates and
+// their difference, the summary and what is missing.
+func (j *Judge) Verdicts(st *State, checks map[string]CheckResult) []Result {
 	rs := make([]Result, len(j.gates))
 	for i := range j.gates {
 		g := &j.gates[i]
@@ -57,10 +69,15 @@ func (j *Judge) assess(st *State, g *gate, s *Gate) Result {
 	case r.Proved:
 		r.Verdict = Healthy
 	}
+	return r
+}
+
+// show adds what is shown to what is decided on.
+func (j *Judge) show(r *Result, st *State, g *gate, s *Gate) {
 	r.Candidate, r.Control = g.estimates(st, s)
 	if g.weight > 0 {
 		r.Lo, r.Hi, r.Bounded = s.interval(j.spread(st, g))
-		r.Summary = g.summary(st, s, r)
+		r.Summary = g.summary(st, s, *r)
 		if g.Kind.IsScore() {
 			r.Lo, r.Hi = g.units(r.Lo, r.Hi)
 		}
@@ -68,7 +85,6 @@ func (j *Judge) assess(st *State, g *gate, s *Gate) Result {
 	if r.Verdict == Inconclusive {
 		r.Missing = g.missing(st, s)
 	}
-	return r
 }
 
 // spread is the design effect of the gate's outcomes.

@@ -111,7 +111,7 @@ func Step(s *State, p *Plan, in Input) []Event {
 	}
 	m.pace(min(max(in.Elapsed, 0), 13*p.Tick), in.Blocks)
 	m.consume(i, in)
-	results := p.Judge.Assess(&s.Gates, in.Checks)
+	results := p.Judge.Verdicts(&s.Gates, in.Checks)
 	m.forget(results)
 	if m.act(i, results) || s.Phase == Held {
 		return m.events
@@ -340,8 +340,12 @@ func (m *move) anew() {
 func (m *move) incident(r *judge.Result, note string) *Incident {
 	in := &Incident{Time: m.now, Gen: m.Gen, Version: m.Version, Stage: m.Stage.Name, Note: clip(note)}
 	if r != nil {
-		in.Gate, in.Metric = r.Spec.Name, r.Spec.Metric
-		in.Candidate, in.Control, in.E, in.NeedE = r.Candidate, r.Control, r.E, r.NeedE
+		in.Gate, in.Metric, in.E, in.NeedE = r.Spec.Name, r.Spec.Metric, r.E, r.NeedE
+		for _, all := range m.p.Judge.Assess(&m.Gates, nil) {
+			if all.Spec.Name == in.Gate {
+				in.Candidate, in.Control = all.Candidate, all.Control
+			}
+		}
 		in.Note = clip(r.Cause)
 		room := MaxRationales
 		for _, why := range m.rationales[in.Metric] {

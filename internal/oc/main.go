@@ -5,6 +5,7 @@
 //	go run ./internal/oc                       every table, 2,000 runs where a rate is to be bounded: hours on two cores
 //	go run ./internal/oc -runs 400             fewer runs
 //	go run ./internal/oc -only "detection"     only these tables, by name
+//	go run ./internal/oc -only "policies"      whole policies, in virtual time; a tenth of the runs
 //	go run ./internal/oc -seed 7               other releases
 package main
 
@@ -92,6 +93,10 @@ var tables = []struct {
 	{"drift", drift},
 	{"falsePromotion", falsePromotion},
 	{"falseRollback", falseRollback},
+	{"policies", policies},
+	{"silence", silence},
+	{"rings", rings},
+	{"absence", absence},
 }
 
 func main() {

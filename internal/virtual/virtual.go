@@ -15,6 +15,7 @@ type Setup struct {
 	Interval   time.Duration // between two ticks; 0: the default
 	Dither     func() uint32 // even chances, for what is rounded by chance
 	MayAdvance bool          // Policy.MayAdvance is asked
+	Sources    any           // of metrics measured elsewhere, a map[string]rollout.Source; nil: none
 }
 
 // Process is the Run of one rollout, one tick at a time and in the caller's goroutine. Time stands still but for At.
@@ -28,7 +29,7 @@ type Process interface {
 	Start(now time.Time)
 	// At sets the clock.
 	At(now time.Time)
-	// Tick is one evaluation at the present time, with the Checks asked before. In the last one every block closes.
+	// Tick is one evaluation at the present time, with the Checks asked and the Sources read before. In the last one every block closes.
 	Tick(ctx context.Context, last bool) error
 	// Woken reports whether Run would make a tick now instead of at its time: an event of a Never gate, or a verb.
 	Woken() bool
