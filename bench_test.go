@@ -99,7 +99,6 @@ func BenchmarkDecideSecond(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		request.pins[1] = atomic.Pointer[snapshot]{}
-		request.slots[1].Store(0)
 		if second.Enabled(ctx) {
 			on++
 		}

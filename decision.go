@@ -57,7 +57,6 @@ func (r *Reason) UnmarshalText(b []byte) error { return parseIn(reasonNames, b, 
 type Decision struct {
 	at   *snapshot
 	bits bits
-	slot uint32 // of time, in which it was counted; 0: it was not
 }
 
 // bits are a decision's answer: from the lowest, enabled (1), cohort (2), reason (5), ring (8), group (6).
@@ -147,8 +146,8 @@ func (d Decision) Record(obs ...Observation) {
 		return
 	}
 	slot := noSlot
-	if d.slot != 0 && s.r.slot.Load()-d.slot < slots { // one that is long over counts something else by now
-		slot = int(d.slot % slots)
+	if s.slot != 0 && s.r.slot.Load()-s.slot < slots { // one that is long over counts something else by now
+		slot = int(s.slot % slots)
 	}
 	shard, group, c := evidence.Shard(), d.bits.group(), int(cohort-Control)&1
 	plain := true // no observation of Errors among them

@@ -94,7 +94,8 @@ func (r *Rollout) turnSlot(now time.Time) {
 		l.base(int(next % slots))
 	}
 	r.slotClock.began, r.slotClock.ends[present%slots] = now, now
-	r.slot.Store(next)
+	r.slot.Store(next) // first, or what comes of a decision would be ahead of it
+	r.showLocked(r.snap.Load())
 }
 
 // base notes what the cells of a slot hold when it begins.

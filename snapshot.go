@@ -10,24 +10,58 @@ import (
 	"github.com/stagedrollout/rollout/internal/machine"
 )
 
-// snapshot is everything a decision needs, immutable but for the evidence behind it. A rollout swaps it whole.
+// snapshot is everything a decision needs, immutable but for the evidence behind it. A rollout swaps it whole: for a new
+// epoch, and for a new slot of time, where only the slot differs. What decides and records comes first, so that it is in
+// one cache line.
 type snapshot struct {
-	r       *Rollout
+	r     *Rollout
+	salt  uint64    // hash of the salt
+	last  *ringView // of everyone
+	slot  uint32    // of time, in which answers are counted; 0: they are not
+	plain bool      // a unit with a key and no groups is answered by the last ring and its bucket
+	asks  bool      // some ring has a Match
+	never bool      // fixed: no unit is looked at
+	rings []ringView
+	over  *atomic.Bool // its evidence counts no more
+
+	metrics []metricView
+	fixed   bits // the answer for everybody, if not zero
 	gen     uint64
 	epoch   uint64
 	version string
 	stage   string
-	salt    uint64 // hash of the salt
-	fixed   bits   // the answer for everybody, if not zero
-	never   bool   // fixed: no unit is looked at
-	plain   bool   // a unit with a key and no groups is answered by the last ring and its bucket
-	asks    bool   // some ring has a Match
-	rings   []ringView
-	last    *ringView // of everyone
-	metrics []metricView
 	life    *generation
-	over    *atomic.Bool // its evidence counts no more
+	bare    *snapshot // the same without a slot; nil: this is it
 }
+
+// in is the same snapshot in another slot.
+func (s *snapshot) in(slot uint32) *snapshot {
+	if s.slot == slot {
+		return s
+	}
+	c := *s
+	c.slot, c.bare = slot, s.uncounted()
+	return &c
+}
+
+// now is the same snapshot in the present slot.
+func (s *snapshot) now() *snapshot {
+	if p := s.r.snap.Load(); p.uncounted() == s.uncounted() {
+		return p
+	}
+	return s.in(s.r.slot.Load())
+}
+
+// uncounted is the same snapshot without a slot: what comes of its decisions answers none that was counted.
+func (s *snapshot) uncounted() *snapshot {
+	if s.bare != nil {
+		return s.bare
+	}
+	return s
+}
+
+// showLocked makes s what decisions see, in the present slot.
+func (r *Rollout) showLocked(s *snapshot) { r.snap.Store(s.in(r.slot.Load())) }
 
 // ringView is one ring as decisions see it, in one epoch.
 type ringView struct {
@@ -100,21 +134,21 @@ func (v *ringView) answer(b uint64) bits {
 	return a | bits(b%evidence.Groups)<<groupShift
 }
 
-// decision is decide without counting; slot is that in which it was counted before, if it was.
-func (s *snapshot) decision(u *Unit, key uint64, slot uint32) Decision {
+// decision is decide without counting.
+func (s *snapshot) decision(u *Unit, key uint64) Decision {
 	_, b, _ := s.decide(u, key)
-	return Decision{s, b, slot}
+	return Decision{s, b}
 }
 
-// counted is decide with counting, in the given slot.
-func (s *snapshot) counted(u *Unit, key uint64, slot uint32) Decision {
+// counted is decide with counting.
+func (s *snapshot) counted(u *Unit, key uint64) Decision {
 	v, b, bucket := s.decide(u, key)
 	if b.cohort() != None && !v.closed {
-		v.count(b, bucket, slot)
+		v.count(b, bucket, s.slot)
 	} else if b.reason() == ReasonNoUnit {
 		s.r.noUnit.Add(1)
 	}
-	return Decision{s, b, slot}
+	return Decision{s, b}
 }
 
 // special is the answer where no bucket is asked for: a ring that is closed, or a unit without a key.
