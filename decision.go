@@ -189,7 +189,7 @@ next:
 		s.r.unknownMetric(o.m)
 	}
 	if plain && slot != noSlot {
-		ring.slots[c].add(shard, uint32(slot), answered, group)
+		ring.slots.add(shard, c, uint32(slot), answered, group)
 	}
 }
 

@@ -258,7 +258,7 @@ func (r *Rollout) retireLocked(l *ledger) {
 			continue
 		}
 		for c := range ring.outcomes {
-			r.pastCounts[i][c] += ring.slots[c].total(decided)
+			r.pastCounts[i][c] += ring.slots.total(c, decided)
 			for j, t := range ring.outcomes[c] {
 				t.AddTo(r.past[i][c][j])
 			}
@@ -272,8 +272,8 @@ func (r *Rollout) decidedLocked() [][2]uint64 {
 	for _, l := range r.ledgers {
 		for i := range l.snap.rings {
 			if ring := &l.snap.rings[i]; !ring.closed {
-				for c := range ring.slots {
-					counts[i][c] += ring.slots[c].total(decided)
+				for c := range ring.outcomes {
+					counts[i][c] += ring.slots.total(c, decided)
 				}
 			}
 		}

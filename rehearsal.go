@@ -118,7 +118,7 @@ func (v *rehearsal) Force(key string, groups []string, cohort uint8, decision an
 	}
 	b := pack(enabled, c, ReasonForced, int(ring.index), bucketOf(s.salt, xxhash.Sum64String(key)))
 	if c != None { // whoever chose the cohort, it was not the share: the unit is not counted as one that came
-		ring.slots[b.side()].add(0, s.slot, decided, b.group())
+		ring.slots.add(0, b.side(), s.slot, decided, b.group())
 	}
 	*decision.(*Decision) = Decision{s, b}
 }

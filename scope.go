@@ -254,7 +254,7 @@ func (r *Rollout) Decide(u Unit) Decision {
 		v := s.last
 		b := v.answer(bucket)
 		known := v.met.has(bucket) // this is count, which is too large to be inlined
-		v.slots[b.side()].add(evidence.Shard(), s.slot, decided, b.group())
+		v.slots.add(evidence.Shard(), b.side(), s.slot, decided, bucket)
 		if !known {
 			v.meet(b, bucket)
 		}

@@ -1,6 +1,7 @@
 package rollout
 
 import (
+	mathbits "math/bits"
 	"slices"
 	"sync/atomic"
 
@@ -70,12 +71,10 @@ type ringView struct {
 	all    bool   // every unit is in, keyed or not
 	closed bool   // the answer is fixed, for every unit
 	index  uint8
-	fixed  bits          // the answer while closed
-	in     bits          // the answer for a unit that is in, but for its group
-	out    bits          // for one that is not
-	back   bits          // for one that is held back
-	slots  [2]*slotTable // by cohort: what was decided and answered, by slot of time
-	met    *bitmap       // the units that came in this generation
+	fixed  bits       // the answer while closed
+	open   [4]bits    // otherwise, but for the unit's group; see answer
+	slots  *slotTable // what was decided and answered, by slot of time
+	met    *bitmap    // the units that came in this generation
 
 	name     string
 	match    func(Unit) bool
@@ -122,16 +121,19 @@ func (s *snapshot) decide(u *Unit, key uint64) (v *ringView, b bits, bucket uint
 	return v, v.answer(bucket), bucket
 }
 
-// answer is the answer for a bucket. It is written without a branch, because a processor cannot foresee a bucket.
-func (v *ringView) answer(b uint64) bits {
-	in, back, a := v.in, v.back, v.out // loaded first, or the compiler branches
-	if b >= v.kept {
-		a = back
-	}
-	if b < v.limit {
-		a = in
-	}
-	return a | bits(b%evidence.Groups)<<groupShift
+// The answers of a ring that is open.
+const (
+	isHeld = 0
+	isOut  = 1 // below kept
+	isIn   = 2 // below limit; 3: below both
+)
+
+// answer is the answer for a bucket. It is written without a branch, because a processor cannot foresee a bucket: a
+// borrow is 1 where the bucket is below.
+func (v *ringView) answer(bucket uint64) bits {
+	_, out := mathbits.Sub64(bucket, v.kept, 0)
+	_, in := mathbits.Sub64(bucket, v.limit, 0)
+	return v.open[(in*isIn+out)%4] | bits(bucket%evidence.Groups)<<groupShift
 }
 
 // decision is decide without counting.
@@ -165,7 +167,7 @@ func (v *ringView) special() bits {
 // count counts an answer of cohort Control or Candidate, and the unit if it comes for the first time.
 func (v *ringView) count(b bits, bucket uint64, slot uint32) {
 	known := v.met.has(bucket) // looked up before the add, which a processor waits for
-	v.slots[b.side()].add(evidence.Shard(), slot, decided, b.group())
+	v.slots.add(evidence.Shard(), b.side(), slot, decided, bucket)
 	if !known {
 		v.meet(b, bucket)
 	}
@@ -261,11 +263,11 @@ func (r *Rollout) newSnapshot(st *machine.State) *snapshot {
 func (r *Rollout) open(v *ringView, share Percent, life *generation) {
 	i := int(v.index)
 	held := r.policy.Holdback.threshold()
-	v.in = pack(true, Candidate, ReasonSplit, i, 0)
-	v.out = pack(false, Control, ReasonSplit, i, 0)
-	v.back = v.out
+	in := pack(true, Candidate, ReasonSplit, i, 0)
+	out := pack(false, Control, ReasonSplit, i, 0)
+	back := out
 	if v.kept = -held; held > 0 {
-		v.back = pack(false, Control, ReasonHoldback, i, 0)
+		back = pack(false, Control, ReasonHoldback, i, 0)
 	}
 	switch {
 	case share < 100:
@@ -274,12 +276,14 @@ func (r *Rollout) open(v *ringView, share Percent, life *generation) {
 			v.limit = min(v.limit, v.kept)
 		}
 	case held > 0:
-		v.in = pack(true, Candidate, ReasonFull, i, 0)
+		in = pack(true, Candidate, ReasonFull, i, 0)
 		v.limit = v.kept
 	default:
-		v.in = pack(true, Candidate, ReasonFull, i, 0)
-		v.out, v.back, v.all = v.in, v.in, true
+		in = pack(true, Candidate, ReasonFull, i, 0)
+		out, back, v.all = in, in, true
 	}
+	v.open = [4]bits{isHeld: back, isOut: out, isIn: in, isIn + isOut: in}
+	v.slots = &slotTable{}
 	v.met = &life.met[i]
 	v.marks = make([]*marks, len(r.metrics))
 	for c := range v.outcomes {
@@ -290,7 +294,6 @@ func (r *Rollout) open(v *ringView, share Percent, life *generation) {
 			}
 			v.outcomes[c] = append(v.outcomes[c], evidence.NewLayers(layers, m.cells, m.groups))
 		}
-		v.slots[c] = &slotTable{}
 		v.first[c] = evidence.NewTable(1, slotGroups)
 	}
 	for j, m := range r.metrics {
