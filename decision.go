@@ -151,8 +151,10 @@ func (d Decision) Record(obs ...Observation) {
 	}
 	shard, group, c := evidence.Shard(), d.bits.group(), int(cohort-Control)&1
 	plain := true // no observation of Errors among them
+	more := 0     // observations with marks less those of Errors
 next:
-	for _, o := range obs {
+	for k := range obs {
+		o := &obs[k]
 		for i := range s.metrics {
 			m := &s.metrics[i]
 			if m.ref != o.m {
@@ -161,12 +163,16 @@ next:
 			switch {
 			case i == errorsIndex:
 				plain = false
+				more--
 				ring.outcomes[c][i].AddIn(slot, shard, group, int(o.value))
 			case m.kind == timingKind:
 				cell := evidence.Index(time.Duration(o.value))
 				ring.outcomes[c][i].Add(shard, group, cell)
 				if marks := ring.marks[i]; marks != nil {
-					marks.tables[c].Add(shard, group, marks.cell(c, cell))
+					more++
+					if set := marks.cell(c, cell); set != exceedsNone {
+						marks.tables[c].Add(shard, group, set)
+					}
 				}
 			default:
 				cell := o.cell(m, s.r.dither)
@@ -187,6 +193,9 @@ next:
 			continue next
 		}
 		s.r.unknownMetric(o.m)
+	}
+	if s.marked > 0 && (more != 0 || s.marked > 1) {
+		s.settle(ring, c, shard, group, obs)
 	}
 	if plain && slot != noSlot {
 		ring.slots.add(shard, c, uint32(slot), answered, group)

@@ -170,8 +170,7 @@ func (m *metricLedger) read(ring *ringView, j int, view *metricView) reading {
 		if view.groups > 1 {
 			now.by[c] = by
 		} else if marks := ring.marks[j]; marks != nil {
-			now.marked[c] = make([]uint64, len(m.marked[c]))
-			marks.tables[c].AddGroupsTo(now.marked[c])
+			now.marked[c] = marks.totals(ring, c, m.marked[c])
 			now.by[c] = less(now.marked[c], m.marked[c])
 		}
 	}

@@ -26,6 +26,7 @@ type snapshot struct {
 	over  *atomic.Bool // its evidence counts no more
 
 	metrics []metricView
+	marked  int  // metrics with marks
 	fixed   bits // the answer for everybody, if not zero
 	gen     uint64
 	epoch   uint64
@@ -235,6 +236,11 @@ func (r *Rollout) newSnapshot(st *machine.State) *snapshot {
 	s := &snapshot{
 		r: r, gen: st.Gen, epoch: st.Epoch, version: st.Version, stage: st.Stage.Name,
 		salt: xxhash.Sum64String(r.policy.Salt), over: &atomic.Bool{}, metrics: r.metrics, life: r.lifeLocked(st.Gen),
+	}
+	for _, m := range r.metrics {
+		if m.marks > 0 {
+			s.marked++
+		}
 	}
 	for i, name := range r.plan.Rings {
 		v := ringView{name: name, index: uint8(i)}

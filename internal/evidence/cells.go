@@ -53,6 +53,11 @@ func (t *Table) Add(shard, group uint64, cell int) {
 	t.words[int(shard)*t.stride+int(group&t.mask)*t.width+cell].Add(1)
 }
 
+// AddN adds n observations, which may be negative in a cell that is a balance: sums of it are right, each word is not.
+func (t *Table) AddN(shard, group uint64, cell, n int) {
+	t.words[int(shard)*t.stride+int(group&t.mask)*t.width+cell].Add(uint64(n))
+}
+
 // AddIn is Add in the given layer, from 0.
 func (t *Table) AddIn(layer int, shard, group uint64, cell int) {
 	t.words[int(shard)*t.stride+layer*t.layer+int(group&t.mask)*t.width+cell].Add(1)
