@@ -120,7 +120,7 @@ func TestAssignmentFollowsTheFormula(t *testing.T) {
 			s := r.snap.Load()
 			for _, b := range []uint64{b - 1, b, b + 1, 0, math.MaxUint64, share.threshold() - 1, share.threshold(), -h.threshold() - 1, -h.threshold()} {
 				enabled, c, why := wantedAnswer(b, share, h)
-				d := s.decision(&Unit{Key: "k"}, unmix(b)^s.salt, 0)
+				d := s.decision(&Unit{Key: "k"}, unmix(b)^s.salt)
 				checkDecision(t, fmt.Sprintf("bucket %d, share %v, holdback %v", b, share, h), d, enabled, c, why)
 				if c != None && d.bits.group() != b&63 {
 					t.Fatalf("bucket %d is of group %d", b, d.bits.group())
@@ -592,7 +592,7 @@ func TestContextKeepsItsAnswer(t *testing.T) {
 				d = r.Peek(u)
 				first[r] = d
 			}
-			if got := r.DecideContext(ctx); got.at != d.at || got.bits != d.bits || r.Enabled(ctx) != d.Enabled() {
+			if got := r.DecideContext(ctx); got.at.uncounted() != d.at || got.bits != d.bits || r.Enabled(ctx) != d.Enabled() {
 				t.Fatalf("%v became %v", d, got)
 			}
 			switch rapid.IntRange(0, 3).Draw(t, "meanwhile") {
@@ -644,7 +644,7 @@ func TestDecisionPathDoesNotAlloc(t *testing.T) {
 				},
 				"Record in a context":  func() { Record(asked, Errors.Observe(true), Latency.Observe(time.Millisecond)) },
 				"Enabled":              func() { r.Enabled(asked) },
-				"first DecideContext":  func() { fresh.pins[0].Store(nil); fresh.slots[0].Store(0); r.DecideContext(ctx) },
+				"first DecideContext":  func() { fresh.pins[0].Store(nil); r.DecideContext(ctx) },
 				"DecideContext, again": func() { r.DecideContext(asked) },
 				"without a context":    func() { r.Enabled(context.Background()) },
 				"AppendText":           func() { token, _ = d.AppendText(token[:0]) },

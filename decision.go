@@ -57,7 +57,6 @@ func (r *Reason) UnmarshalText(b []byte) error { return parseIn(reasonNames, b, 
 type Decision struct {
 	at   *snapshot
 	bits bits
-	slot uint32 // of time, in which it was counted; 0: it was not
 }
 
 // bits are a decision's answer: from the lowest, enabled (1), cohort (2), reason (5), ring (8), group (6).
@@ -147,50 +146,72 @@ func (d Decision) Record(obs ...Observation) {
 		return
 	}
 	slot := noSlot
-	if d.slot != 0 && s.r.slot.Load()-d.slot < slots { // one that is long over counts something else by now
-		slot = int(d.slot % slots)
+	if s.slot != 0 && s.r.slot.Load()-s.slot < slots { // one that is long over counts something else by now
+		slot = int(s.slot % slots)
 	}
-	shard, group, c := evidence.Shard(), d.bits.group(), int(cohort-Control)&1
+	shard, group, c := evidence.Shard(), d.bits.group(), d.bits.side()
+	outcomes := ring.outcomes[c]
 	plain := true // no observation of Errors among them
-next:
-	for _, o := range obs {
-		for i := range s.metrics {
-			m := &s.metrics[i]
-			if m.ref != o.m {
+	more := 0     // observations with marks less those of Errors
+	for k := range obs {
+		o := &obs[k]
+		i := s.indexOf(o.m)
+		if i < 0 {
+			s.r.unknownMetric(o.m)
+			continue
+		}
+		m := &s.metrics[i]
+		switch {
+		case i == errorsIndex:
+			plain = false
+			more--
+			outcomes[i].AddAt(shard, (slot*evidence.Groups+int(group))*2+int(o.value))
+		case m.kind == timingKind:
+			cell := evidence.Index(time.Duration(o.value))
+			outcomes[i].AddAt(shard, cell)
+			if marks := ring.marks[i]; marks != nil {
+				more++
+				if set := marks.cell(c, cell); set != exceedsNone {
+					marks.tables[c].Add(shard, group, set)
+				}
+			}
+		default:
+			cell := o.cell(m, s.r.dither)
+			if cell < 0 {
+				s.r.invalid.Add(1)
 				continue
 			}
-			switch {
-			case i == errorsIndex:
-				plain = false
-				ring.outcomes[c][i].AddIn(slot, shard, group, int(o.value))
-			case m.kind == timingKind:
-				cell := evidence.Index(time.Duration(o.value))
-				ring.outcomes[c][i].Add(shard, group, cell)
-				if marks := ring.marks[i]; marks != nil {
-					marks.tables[c].Add(shard, group, marks.cell(c, cell))
-				}
-			default:
-				cell := o.cell(m, s.r.dither)
-				if cell < 0 {
-					s.r.invalid.Add(1)
-					continue next
-				}
-				ring.outcomes[c][i].Add(shard, group, cell)
-			}
-			if cohort == Candidate {
-				if o.why != nil {
-					s.life.reasons[i].keep(o.why)
-				}
-				if m.never && o.value != 0 {
-					s.r.sound()
-				}
-			}
-			continue next
+			outcomes[i].Add(shard, group, cell)
 		}
-		s.r.unknownMetric(o.m)
+		if cohort == Candidate && (o.why != nil || m.never) {
+			s.notice(i, o)
+		}
+	}
+	if s.marked > 0 && (more != 0 || s.marked > 1) {
+		s.settle(ring, c, shard, group, obs)
 	}
 	if plain && slot != noSlot {
-		ring.slots[c].add(shard, uint32(slot), answered, group)
+		ring.slots.add(shard, c, uint32(slot), answered, group)
+	}
+}
+
+// indexOf is the index of a metric, -1 if the rollout does not know it.
+func (s *snapshot) indexOf(m metricRef) int {
+	for i := range s.metrics {
+		if s.metrics[i].ref == m {
+			return i
+		}
+	}
+	return -1
+}
+
+// notice takes from an observation of the candidate what is more than a count. It comes after the count.
+func (s *snapshot) notice(i int, o *Observation) {
+	if o.why != nil {
+		s.life.reasons[i].keep(o.why)
+	}
+	if s.metrics[i].never && o.value != 0 {
+		s.r.sound()
 	}
 }
 

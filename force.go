@@ -22,12 +22,12 @@ func (r *Rollout) force(c Cohort) (release func()) {
 	defer r.mu.Unlock()
 	forced, seen := r.forced, r.snap.Load()
 	r.forced = s
-	r.snap.Store(s)
+	r.showLocked(s)
 	return func() {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.forced = forced
-		r.snap.Store(seen)
+		r.showLocked(seen)
 		r.publishLocked() // what happened meanwhile
 	}
 }
@@ -54,7 +54,7 @@ func (s *scope) decideForced(r *Rollout) (d Decision, ok bool) {
 			if s.base != nil {
 				who = s.base
 			}
-			return at.decision(who.who(), 0, 0), true
+			return at.decision(who.who(), 0), true
 		}
 	}
 	if s.base != nil {

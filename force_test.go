@@ -29,7 +29,7 @@ func TestForcedLiveRollout(t *testing.T) {
 		before.Record(Errors.Observe(false), Latency.Observe(time.Second)) // a real one goes on counting
 		wantTally(t, r, once(Candidate, 1, 0))
 		release()
-		if after := r.Peek(u); after.at != before.at || after.bits != before.bits {
+		if after := r.Peek(u); after.at != before.at.uncounted() || after.bits != before.bits {
 			t.Errorf("afterwards %v, %v", after.Cohort(), after.Reason())
 		}
 

@@ -180,8 +180,7 @@ func (m *metricLedger) read(ring *ringView, j int, view *metricView) reading {
 		if view.groups > 1 {
 			now.by[c] = by
 		} else if marks := ring.marks[j]; marks != nil {
-			now.marked[c] = make([]uint64, len(m.marked[c]))
-			marks.tables[c].AddGroupsTo(now.marked[c])
+			now.marked[c] = marks.totals(ring, c, m.marked[c])
 			now.by[c] = less(now.marked[c], m.marked[c])
 		}
 	}
@@ -268,7 +267,7 @@ func (r *Rollout) retireLocked(l *ledger) {
 			continue
 		}
 		for c := range ring.outcomes {
-			r.pastCounts[i][c] += ring.slots[c].total(decided)
+			r.pastCounts[i][c] += ring.slots.total(c, decided)
 			for j, t := range ring.outcomes[c] {
 				t.AddTo(r.past[i][c][j])
 			}
@@ -282,8 +281,8 @@ func (r *Rollout) decidedLocked() [][2]uint64 {
 	for _, l := range r.ledgers {
 		for i := range l.snap.rings {
 			if ring := &l.snap.rings[i]; !ring.closed {
-				for c := range ring.slots {
-					counts[i][c] += ring.slots[c].total(decided)
+				for c := range ring.outcomes {
+					counts[i][c] += ring.slots.total(c, decided)
 				}
 			}
 		}

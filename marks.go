@@ -10,11 +10,56 @@ import (
 )
 
 // marks count the outcomes of a timing by groups of units: a histogram for each of 64 groups would be too large, and what
-// a gate asks is only whether an outcome is over its threshold. A cell is a set of thresholds exceeded.
+// a gate asks is only whether an outcome is over its threshold. A cell is a set of thresholds exceeded, and few outcomes
+// exceed any. Those that do not are not counted: mostly a call of Record has one observation of Errors and one of the
+// timing, so that Errors, which are counted by groups in any case, tell how many there were. In place of the cell of the
+// empty set there is what that leaves out: by how many a call has more observations of the timing than of Errors.
 type marks struct {
 	tables [2]*evidence.Table // by cohort
 	at     atomic.Pointer[thresholds]
 	none   int // the cell of what is recorded while there are no thresholds
+}
+
+// exceedsNone is the cell of the empty set.
+const exceedsNone = 0
+
+// totals are the cells of a cohort, group after group, with that of the empty set made from the others and from Errors.
+// The two are not read at one moment, and recorded one after the other: what looks like fewer outcomes than consumed is
+// as many, and the next reading has the difference. So nothing is lost, and none is counted twice.
+func (m *marks) totals(ring *ringView, cohort int, consumed []uint64) []uint64 {
+	cells := make([]uint64, len(consumed))
+	m.tables[cohort].AddGroupsTo(cells)
+	errors := ring.outcomes[cohort][errorsIndex]
+	all := make([]uint64, errors.Width()*errors.Groups())
+	errors.AddGroupsTo(all)
+	width := m.none + 1
+	for g := range evidence.Groups {
+		row := cells[g*width : (g+1)*width]
+		n := sum(all[g*errors.Width():(g+1)*errors.Width()]) + row[exceedsNone] - sum(row[exceedsNone+1:])
+		row[exceedsNone] = uint64(max(int64(n), int64(consumed[g*width])))
+	}
+	return cells
+}
+
+// settle adds what a call of Record leaves out, to each timing of which it has not as many observations as of Errors.
+func (s *snapshot) settle(ring *ringView, cohort int, shard, group uint64, obs []Observation) {
+	for i, m := range ring.marks {
+		if m == nil {
+			continue
+		}
+		more := 0
+		for k := range obs {
+			switch obs[k].m {
+			case s.metrics[i].ref:
+				more++
+			case s.metrics[errorsIndex].ref:
+				more--
+			}
+		}
+		if more != 0 {
+			m.tables[cohort].AddN(shard, group, exceedsNone, more)
+		}
+	}
 }
 
 // thresholds are cells of the histogram, by cohort and mark.

@@ -255,11 +255,10 @@ func (r *Rollout) begin(ctx context.Context, u Unit) *call {
 		return c
 	}
 	who := s.who()
-	at, _, _ := s.present(r)
-	slot := r.slot.Load()
-	s.slots[0].Store(slot)
+	at, _ := s.present(r)
+	at = at.now() // counted also if it was answered before: a call has an outcome of its own
 	s.pins[0].Store(at)
-	c.decision = at.counted(who, s.hash, slot) // also if it was answered before: a call has an outcome of its own
+	c.decision = at.counted(who, s.hash)
 	return c
 }
 

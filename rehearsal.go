@@ -140,9 +140,8 @@ func (v *rehearsal) Force(key string, groups []string, cohort uint8, decision an
 		c = None
 	}
 	b := pack(enabled, c, ReasonForced, int(ring.index), bucketOf(s.salt, xxhash.Sum64String(key)))
-	slot := v.r.slot.Load()
 	if c != None { // whoever chose the cohort, it was not the share: the unit is not counted as one that came
-		ring.slots[b.side()].add(0, slot, decided, b.group())
+		ring.slots.add(0, b.side(), s.slot, decided, b.group())
 	}
-	*decision.(*Decision) = Decision{s, b, slot}
+	*decision.(*Decision) = Decision{s, b}
 }

@@ -192,7 +192,7 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 			}
 		}
 	}
-	r.snap.Store(r.fixedSnapshot(nil, pack(false, None, ReasonNotLoaded, len(plan.Rings)-1, 0)))
+	r.showLocked(r.fixedSnapshot(nil, pack(false, None, ReasonNotLoaded, len(plan.Rings)-1, 0)))
 	return r, nil
 }
 

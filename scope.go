@@ -27,18 +27,11 @@ type scope struct {
 	outer   *scope                      // what it already answered for the same unit stands; may be nil
 	base    *scope                      // answers and records whatever is not forced; may be nil
 	forced  []*snapshot                 // by a test, the newest first; also in every scope inside
-	pins    [4]atomic.Pointer[snapshot] // the snapshots the answers were given by, no gaps
-	slots   [4]atomic.Uint32            // and the slots they were counted in; 0: not known yet
+	pins    [4]atomic.Pointer[snapshot] // the snapshots the answers were given by, each in its slot, no gaps
 	more    struct {
 		sync.Mutex
-		pins []pin
+		pins []*snapshot
 	}
-}
-
-// pin is the snapshot that an answer was given by, and the slot it was counted in.
-type pin struct {
-	at   *snapshot
-	slot uint32
 }
 
 // What a scope knows of its unit. Plain: a key, no groups, and no scope around that may have answered before.
@@ -122,98 +115,81 @@ func (s *scope) decide(r *Rollout) Decision {
 			now := r.snap.Load()
 			if s.known.Load() == isKnown|isPlain && now.plain {
 				if s.pins[i].CompareAndSwap(nil, now) {
-					bucket, slot := bucketOf(now.salt, s.hash), s.slot(i, r)
+					bucket := bucketOf(now.salt, s.hash)
 					b := now.last.answer(bucket)
-					now.last.count(b, bucket, slot)
-					return Decision{now, b, slot}
+					now.last.count(b, bucket, now.slot)
+					return Decision{now, b}
 				}
 			} else {
 				u := s.who()
-				again, slot := false, uint32(0)
+				again := false
 				if s.outer != nil {
-					now, slot, again = s.present(r)
+					now, again = s.present(r)
 				}
 				if s.pins[i].CompareAndSwap(nil, now) {
 					if again {
-						s.slots[i].CompareAndSwap(0, slot)
-						return now.decision(u, s.hash, s.slot(i, r))
+						return now.decision(u, s.hash)
 					}
-					return now.counted(u, s.hash, s.slot(i, r))
+					return now.counted(u, s.hash)
 				}
 			}
 			at = s.pins[i].Load()
 		}
 		if at.r == r {
 			if at.plain && s.known.Load() == isKnown|isPlain {
-				return Decision{at, at.last.answer(bucketOf(at.salt, s.hash)), s.slot(i, r)}
+				return Decision{at, at.last.answer(bucketOf(at.salt, s.hash))}
 			}
-			return at.decision(&s.unit, s.hash, s.slot(i, r))
+			return at.decision(&s.unit, s.hash)
 		}
 	}
 	return s.decideMore(r, s.who())
 }
 
-// slot is the slot that r's answer, at pin i, was counted in. Whoever asks first says which: the answer is pinned before
-// it is counted, and another goroutine may record on it in between.
-func (s *scope) slot(i int, r *Rollout) uint32 {
-	if n := s.slots[i].Load(); n != 0 {
-		return n
-	}
-	s.slots[i].CompareAndSwap(0, r.slot.Load())
-	return s.slots[i].Load()
-}
-
 // decideMore is decide for a request that asks more rollouts than most.
 func (s *scope) decideMore(r *Rollout, u *Unit) Decision {
 	s.more.Lock()
-	for _, p := range s.more.pins {
-		if p.at.r == r {
+	for _, at := range s.more.pins {
+		if at.r == r {
 			s.more.Unlock()
-			return p.at.decision(u, s.hash, p.slot)
+			return at.decision(u, s.hash)
 		}
 	}
-	at, slot, again := s.present(r)
-	if !again {
-		slot = r.slot.Load()
-	}
-	s.more.pins = append(s.more.pins, pin{at, slot})
+	at, again := s.present(r)
+	s.more.pins = append(s.more.pins, at)
 	s.more.Unlock()
 	if again {
-		return at.decision(u, s.hash, slot)
+		return at.decision(u, s.hash)
 	}
-	return at.counted(u, s.hash, slot)
+	return at.counted(u, s.hash)
 }
 
 // present is the snapshot that a first answer is given by, and whether it is that of an outer scope: no first one then,
-// and counted in slot.
-func (s *scope) present(r *Rollout) (at *snapshot, slot uint32, again bool) {
+// and counted before.
+func (s *scope) present(r *Rollout) (at *snapshot, again bool) {
 	for o := s.outer; o != nil; o = o.outer {
-		if p := o.pinned(r); p.at != nil && o.unit.Key == s.unit.Key {
-			return p.at, p.slot, true
+		if at := o.pinned(r); at != nil && o.unit.Key == s.unit.Key {
+			return at, true
 		}
 	}
-	return r.snap.Load(), 0, false
+	return r.snap.Load(), false
 }
 
-// pinned is what r's answer was given by, or nothing.
-func (s *scope) pinned(r *Rollout) pin {
+// pinned is what r's answer was given by, or nil.
+func (s *scope) pinned(r *Rollout) *snapshot {
 	for i := range s.pins {
 		at := s.pins[i].Load()
-		if at == nil {
-			return pin{}
-		}
-		if at.r == r {
-			return pin{at, s.slot(i, r)}
+		if at == nil || at.r == r {
+			return at
 		}
 	}
 	s.more.Lock()
 	defer s.more.Unlock()
-	for _, p := range s.more.pins {
-		if p.at.r == r {
-			return p
+	for _, at := range s.more.pins {
+		if at.r == r {
+			return at
 		}
 	}
-	return pin{}
+	return nil
 }
 
 // record records obs on every decision given in the scope so far.
@@ -227,13 +203,13 @@ func (s *scope) record(obs ...Observation) {
 		if at == nil {
 			return
 		}
-		at.decision(&s.unit, s.hash, s.slot(i, at.r)).Record(obs...)
+		at.decision(&s.unit, s.hash).Record(obs...)
 	}
 	s.more.Lock()
 	more := s.more.pins
 	s.more.Unlock()
-	for _, p := range more {
-		p.at.decision(&s.unit, s.hash, p.slot).Record(obs...)
+	for _, at := range more {
+		at.decision(&s.unit, s.hash).Record(obs...)
 	}
 }
 
@@ -248,12 +224,12 @@ func (s *scope) recordOwn(obs ...Observation) {
 	s.more.Unlock()
 	for i := range s.pins {
 		if at := s.pins[i].Load(); at != nil {
-			pins = append(pins[:len(pins):len(pins)], pin{at, s.slot(i, at.r)})
+			pins = append(pins[:len(pins):len(pins)], at)
 		}
 	}
-	for _, p := range pins {
-		if _, _, again := s.present(p.at.r); !again {
-			p.at.decision(&s.unit, s.hash, p.slot).Record(obs...)
+	for _, at := range pins {
+		if _, again := s.present(at.r); !again {
+			at.decision(&s.unit, s.hash).Record(obs...)
 		}
 	}
 }
@@ -274,15 +250,15 @@ func (r *Rollout) Decide(u Unit) Decision {
 	}
 	s := r.snap.Load()
 	if s.plain && len(u.Groups) == 0 && u.Key != "" {
-		bucket, slot := bucketOf(s.salt, xxhash.Sum64String(u.Key)), r.slot.Load()
+		bucket := bucketOf(s.salt, xxhash.Sum64String(u.Key))
 		v := s.last
 		b := v.answer(bucket)
 		known := v.met.has(bucket) // this is count, which is too large to be inlined
-		v.slots[b.side()].add(evidence.Shard(), slot, decided, b.group())
+		v.slots.add(evidence.Shard(), b.side(), s.slot, decided, bucket)
 		if !known {
 			v.meet(b, bucket)
 		}
-		return Decision{s, b, slot}
+		return Decision{s, b}
 	}
 	return s.ask(u)
 }
@@ -292,7 +268,7 @@ func (s *snapshot) ask(u Unit) Decision {
 	if s.never {
 		return Decision{at: s, bits: s.fixed}
 	}
-	return s.counted(&u, xxhash.Sum64String(u.Key), s.r.slot.Load())
+	return s.counted(&u, xxhash.Sum64String(u.Key))
 }
 
 // Peek is [Rollout.Decide] without counting: for a look at the answer that nothing comes of.
@@ -300,8 +276,7 @@ func (r *Rollout) Peek(u Unit) Decision {
 	if r == nil {
 		return Decision{}
 	}
-	s := r.snap.Load()
-	return s.decision(&u, xxhash.Sum64String(u.Key), 0)
+	return r.snap.Load().uncounted().decision(&u, xxhash.Sum64String(u.Key))
 }
 
 // DecideContext is the answer for the unit in ctx: decided and counted at the first use, the same from then on, whatever

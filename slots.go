@@ -28,22 +28,22 @@ const (
 	noSlot = slots // the layer for what belongs to no slot
 )
 
-// slotTable counts what was decided and answered in one ring and cohort, by slot. It is an evidence.Table of a fixed
+// slotTable counts what was decided and answered in one ring, by cohort and slot. It is an evidence.Table of a fixed
 // size, because every decision adds to it.
-type slotTable [evidence.Shards][slots][slotCells]atomic.Uint64
+type slotTable [evidence.Shards][2][slots][slotCells]atomic.Uint64
 
-// add counts one more in a cell of a slot, for a unit of the given group.
-func (t *slotTable) add(shard uint64, slot uint32, what int, group uint64) {
-	t[shard%evidence.Shards][slot%slots][(uint64(what)+group%slotGroups)%slotCells].Add(1)
+// add counts one more in a cell of a slot, for a unit of the given group, or bucket.
+func (t *slotTable) add(shard uint64, cohort int, slot uint32, what int, group uint64) {
+	t[shard%evidence.Shards][cohort&1][slot%slots][(uint64(what)+group%slotGroups)%slotCells].Add(1)
 }
 
-// total is what the cells hold, of all slots and groups together.
-func (t *slotTable) total(what int) uint64 {
+// total is what the cells of a cohort hold, of all slots and groups together.
+func (t *slotTable) total(cohort, what int) uint64 {
 	var n uint64
 	for s := range t {
-		for position := range t[s] {
+		for position := range t[s][cohort] {
 			for k := range slotGroups {
-				n += t[s][position][what+k].Load()
+				n += t[s][cohort][position][what+k].Load()
 			}
 		}
 	}
@@ -56,8 +56,8 @@ type slotCounts struct{ decided, answered, errors [slotGroups]uint64 }
 // counts are what a slot's cells hold, of all slots that they were used for.
 func (v *ringView) counts(cohort, position int) *slotCounts {
 	n := &slotCounts{}
-	for s := range v.slots[cohort] {
-		row := &v.slots[cohort][s][position]
+	for s := range v.slots {
+		row := &v.slots[s][cohort][position]
 		for g := range slotGroups {
 			n.decided[g] += row[decided+g].Load()
 			n.answered[g] += row[answered+g].Load()
@@ -94,7 +94,8 @@ func (r *Rollout) turnSlot(now time.Time) {
 		l.base(int(next % slots))
 	}
 	r.slotClock.began, r.slotClock.ends[present%slots] = now, now
-	r.slot.Store(next)
+	r.slot.Store(next) // first, or what comes of a decision would be ahead of it
+	r.showLocked(r.snap.Load())
 }
 
 // base notes what the cells of a slot hold when it begins.
@@ -121,7 +122,7 @@ func (v *voice) listen(ring *ringView) {
 	if v.some && v.errors {
 		return
 	}
-	for c := range ring.slots {
+	for c := range ring.outcomes {
 		errors := uint64(0)
 		for position := range slots { // what belongs to no slot was decided elsewhere
 			n := ring.counts(c, position)

@@ -214,8 +214,8 @@ func TestLateAnswers(t *testing.T) {
 			time.Sleep(5 * time.Second)
 			c.tick(r, false)
 		}
-		if got, want := r.slot.Load()%slots, late[0].slot%slots; got != want || r.slot.Load() == late[0].slot {
-			t.Fatalf("slot %d after %d: the test shows nothing", r.slot.Load(), late[0].slot)
+		if got, want := r.slot.Load()%slots, late[0].at.slot%slots; got != want || r.slot.Load() == late[0].at.slot {
+			t.Fatalf("slot %d after %d: the test shows nothing", r.slot.Load(), late[0].at.slot)
 		}
 		r.Decide(candidate)
 		for _, d := range late {

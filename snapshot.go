@@ -1,6 +1,7 @@
 package rollout
 
 import (
+	mathbits "math/bits"
 	"slices"
 	"sync/atomic"
 
@@ -10,24 +11,59 @@ import (
 	"github.com/stagedrollout/rollout/internal/machine"
 )
 
-// snapshot is everything a decision needs, immutable but for the evidence behind it. A rollout swaps it whole.
+// snapshot is everything a decision needs, immutable but for the evidence behind it. A rollout swaps it whole: for a new
+// epoch, and for a new slot of time, where only the slot differs. What decides and records comes first, so that it is in
+// one cache line.
 type snapshot struct {
-	r       *Rollout
+	r     *Rollout
+	salt  uint64    // hash of the salt
+	last  *ringView // of everyone
+	slot  uint32    // of time, in which answers are counted; 0: they are not
+	plain bool      // a unit with a key and no groups is answered by the last ring and its bucket
+	asks  bool      // some ring has a Match
+	never bool      // fixed: no unit is looked at
+	rings []ringView
+	over  *atomic.Bool // its evidence counts no more
+
+	metrics []metricView
+	marked  int  // metrics with marks
+	fixed   bits // the answer for everybody, if not zero
 	gen     uint64
 	epoch   uint64
 	version string
 	stage   string
-	salt    uint64 // hash of the salt
-	fixed   bits   // the answer for everybody, if not zero
-	never   bool   // fixed: no unit is looked at
-	plain   bool   // a unit with a key and no groups is answered by the last ring and its bucket
-	asks    bool   // some ring has a Match
-	rings   []ringView
-	last    *ringView // of everyone
-	metrics []metricView
 	life    *generation
-	over    *atomic.Bool // its evidence counts no more
+	bare    *snapshot // the same without a slot; nil: this is it
 }
+
+// in is the same snapshot in another slot.
+func (s *snapshot) in(slot uint32) *snapshot {
+	if s.slot == slot {
+		return s
+	}
+	c := *s
+	c.slot, c.bare = slot, s.uncounted()
+	return &c
+}
+
+// now is the same snapshot in the present slot.
+func (s *snapshot) now() *snapshot {
+	if p := s.r.snap.Load(); p.uncounted() == s.uncounted() {
+		return p
+	}
+	return s.in(s.r.slot.Load())
+}
+
+// uncounted is the same snapshot without a slot: what comes of its decisions answers none that was counted.
+func (s *snapshot) uncounted() *snapshot {
+	if s.bare != nil {
+		return s.bare
+	}
+	return s
+}
+
+// showLocked makes s what decisions see, in the present slot.
+func (r *Rollout) showLocked(s *snapshot) { r.snap.Store(s.in(r.slot.Load())) }
 
 // ringView is one ring as decisions see it, in one epoch.
 type ringView struct {
@@ -36,12 +72,10 @@ type ringView struct {
 	all    bool   // every unit is in, keyed or not
 	closed bool   // the answer is fixed, for every unit
 	index  uint8
-	fixed  bits          // the answer while closed
-	in     bits          // the answer for a unit that is in, but for its group
-	out    bits          // for one that is not
-	back   bits          // for one that is held back
-	slots  [2]*slotTable // by cohort: what was decided and answered, by slot of time
-	met    *bitmap       // the units that came in this generation
+	fixed  bits       // the answer while closed
+	open   [4]bits    // otherwise, but for the unit's group; see answer
+	slots  *slotTable // what was decided and answered, by slot of time
+	met    *bitmap    // the units that came in this generation
 
 	name     string
 	match    func(Unit) bool
@@ -88,33 +122,36 @@ func (s *snapshot) decide(u *Unit, key uint64) (v *ringView, b bits, bucket uint
 	return v, v.answer(bucket), bucket
 }
 
-// answer is the answer for a bucket. It is written without a branch, because a processor cannot foresee a bucket.
-func (v *ringView) answer(b uint64) bits {
-	in, back, a := v.in, v.back, v.out // loaded first, or the compiler branches
-	if b >= v.kept {
-		a = back
-	}
-	if b < v.limit {
-		a = in
-	}
-	return a | bits(b%evidence.Groups)<<groupShift
+// The answers of a ring that is open.
+const (
+	isHeld = 0
+	isOut  = 1 // below kept
+	isIn   = 2 // below limit; 3: below both
+)
+
+// answer is the answer for a bucket. It is written without a branch, because a processor cannot foresee a bucket: a
+// borrow is 1 where the bucket is below.
+func (v *ringView) answer(bucket uint64) bits {
+	_, out := mathbits.Sub64(bucket, v.kept, 0)
+	_, in := mathbits.Sub64(bucket, v.limit, 0)
+	return v.open[(in*isIn+out)%4] | bits(bucket%evidence.Groups)<<groupShift
 }
 
-// decision is decide without counting; slot is that in which it was counted before, if it was.
-func (s *snapshot) decision(u *Unit, key uint64, slot uint32) Decision {
+// decision is decide without counting.
+func (s *snapshot) decision(u *Unit, key uint64) Decision {
 	_, b, _ := s.decide(u, key)
-	return Decision{s, b, slot}
+	return Decision{s, b}
 }
 
-// counted is decide with counting, in the given slot.
-func (s *snapshot) counted(u *Unit, key uint64, slot uint32) Decision {
+// counted is decide with counting.
+func (s *snapshot) counted(u *Unit, key uint64) Decision {
 	v, b, bucket := s.decide(u, key)
 	if b.cohort() != None && !v.closed {
-		v.count(b, bucket, slot)
+		v.count(b, bucket, s.slot)
 	} else if b.reason() == ReasonNoUnit {
 		s.r.noUnit.Add(1)
 	}
-	return Decision{s, b, slot}
+	return Decision{s, b}
 }
 
 // special is the answer where no bucket is asked for: a ring that is closed, or a unit without a key.
@@ -131,7 +168,7 @@ func (v *ringView) special() bits {
 // count counts an answer of cohort Control or Candidate, and the unit if it comes for the first time.
 func (v *ringView) count(b bits, bucket uint64, slot uint32) {
 	known := v.met.has(bucket) // looked up before the add, which a processor waits for
-	v.slots[b.side()].add(evidence.Shard(), slot, decided, b.group())
+	v.slots.add(evidence.Shard(), b.side(), slot, decided, bucket)
 	if !known {
 		v.meet(b, bucket)
 	}
@@ -200,6 +237,11 @@ func (r *Rollout) newSnapshot(st *machine.State) *snapshot {
 		r: r, gen: st.Gen, epoch: st.Epoch, version: st.Version, stage: st.Stage.Name,
 		salt: xxhash.Sum64String(r.policy.Salt), over: &atomic.Bool{}, metrics: r.metrics, life: r.lifeLocked(st.Gen),
 	}
+	for _, m := range r.metrics {
+		if m.marks > 0 {
+			s.marked++
+		}
+	}
 	for i, name := range r.plan.Rings {
 		v := ringView{name: name, index: uint8(i)}
 		if i < everyone {
@@ -227,11 +269,11 @@ func (r *Rollout) newSnapshot(st *machine.State) *snapshot {
 func (r *Rollout) open(v *ringView, share Percent, life *generation) {
 	i := int(v.index)
 	held := r.policy.Holdback.threshold()
-	v.in = pack(true, Candidate, ReasonSplit, i, 0)
-	v.out = pack(false, Control, ReasonSplit, i, 0)
-	v.back = v.out
+	in := pack(true, Candidate, ReasonSplit, i, 0)
+	out := pack(false, Control, ReasonSplit, i, 0)
+	back := out
 	if v.kept = -held; held > 0 {
-		v.back = pack(false, Control, ReasonHoldback, i, 0)
+		back = pack(false, Control, ReasonHoldback, i, 0)
 	}
 	switch {
 	case share < 100:
@@ -240,12 +282,14 @@ func (r *Rollout) open(v *ringView, share Percent, life *generation) {
 			v.limit = min(v.limit, v.kept)
 		}
 	case held > 0:
-		v.in = pack(true, Candidate, ReasonFull, i, 0)
+		in = pack(true, Candidate, ReasonFull, i, 0)
 		v.limit = v.kept
 	default:
-		v.in = pack(true, Candidate, ReasonFull, i, 0)
-		v.out, v.back, v.all = v.in, v.in, true
+		in = pack(true, Candidate, ReasonFull, i, 0)
+		out, back, v.all = in, in, true
 	}
+	v.open = [4]bits{isHeld: back, isOut: out, isIn: in, isIn + isOut: in}
+	v.slots = &slotTable{}
 	v.met = &life.met[i]
 	v.marks = make([]*marks, len(r.metrics))
 	for c := range v.outcomes {
@@ -256,7 +300,6 @@ func (r *Rollout) open(v *ringView, share Percent, life *generation) {
 			}
 			v.outcomes[c] = append(v.outcomes[c], evidence.NewLayers(layers, m.cells, m.groups))
 		}
-		v.slots[c] = &slotTable{}
 		v.first[c] = evidence.NewTable(1, slotGroups)
 	}
 	for j, m := range r.metrics {

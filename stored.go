@@ -355,7 +355,7 @@ func (r *Rollout) openLocked(s *snapshot) {
 		keep = append(keep, newLedger(s, r.now()))
 	}
 	r.ledgers = keep
-	r.snap.Store(s)
+	r.showLocked(s)
 }
 
 // sweep drops the ledgers that nothing comes into any more, once they are consumed.

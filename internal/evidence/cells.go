@@ -32,8 +32,7 @@ type Table struct {
 	groups int    // a power of two
 	mask   uint64 // groups - 1
 	layer  int    // words a layer
-	stride int    // words a shard, padded
-	words  []atomic.Uint64
+	words  [Shards][]atomic.Uint64
 }
 
 // NewTable returns a table of width cells, split by shard and into groups of units: 1, or another power of two up to
@@ -43,20 +42,28 @@ func NewTable(width, groups int) *Table { return NewLayers(1, width, groups) }
 // NewLayers returns a table that is split into layers as well.
 func NewLayers(layers, width, groups int) *Table {
 	t := &Table{width: width, groups: groups, mask: uint64(groups - 1), layer: width * groups}
-	t.stride = (layers*t.layer+line-1)/line*line + line
-	t.words = make([]atomic.Uint64, Shards*t.stride)
+	n := layers * t.layer
+	stride := (n+line-1)/line*line + line
+	all := make([]atomic.Uint64, Shards*stride)
+	for s := range t.words {
+		t.words[s] = all[s*stride:][:n:n]
+	}
 	return t
 }
 
 // Add counts one observation in cell, of a unit of the given group, whose lowest bits count.
 func (t *Table) Add(shard, group uint64, cell int) {
-	t.words[int(shard)*t.stride+int(group&t.mask)*t.width+cell].Add(1)
+	t.AddN(shard, group, cell, 1)
 }
 
-// AddIn is Add in the given layer, from 0.
-func (t *Table) AddIn(layer int, shard, group uint64, cell int) {
-	t.words[int(shard)*t.stride+layer*t.layer+int(group&t.mask)*t.width+cell].Add(1)
+// AddN adds n observations, which may be negative in a cell that is a balance: sums of it are right, each word is not.
+func (t *Table) AddN(shard, group uint64, cell, n int) {
+	t.words[shard%Shards][int(group&t.mask)*t.width+cell].Add(uint64(n))
 }
+
+// AddAt is Add for a caller who knows the table's form and counts for himself: in layer l, (l·groups + group)·width +
+// cell.
+func (t *Table) AddAt(shard uint64, at int) { t.words[shard%Shards][at].Add(1) }
 
 // Width is the number of cells.
 func (t *Table) Width() int { return t.width }
@@ -65,11 +72,11 @@ func (t *Table) Width() int { return t.width }
 func (t *Table) Groups() int { return t.groups }
 
 // AddTo adds the present totals, summed over shards, layers and groups, to dst, which must have length [Table.Width].
-func (t *Table) AddTo(dst []uint64) { t.add(dst[:t.width], 0, t.stride-line) }
+func (t *Table) AddTo(dst []uint64) { t.add(dst[:t.width], 0, len(t.words[0])) }
 
 // AddGroupsTo adds the present totals, summed over shards and layers, to dst, group after group. It must have room for
 // the cells of every group.
-func (t *Table) AddGroupsTo(dst []uint64) { t.add(dst[:t.layer], 0, t.stride-line) }
+func (t *Table) AddGroupsTo(dst []uint64) { t.add(dst[:t.layer], 0, len(t.words[0])) }
 
 // AddLayerTo is AddGroupsTo of one layer.
 func (t *Table) AddLayerTo(dst []uint64, layer int) {
@@ -79,12 +86,12 @@ func (t *Table) AddLayerTo(dst []uint64, layer int) {
 // add adds the words from one index to another of every shard to dst, over and over. A table has many more words than
 // ever count anything, so it goes through them as fast as they come.
 func (t *Table) add(dst []uint64, from, to int) {
-	for s := range Shards {
-		words := t.words[s*t.stride+from : s*t.stride+to]
+	for s := range t.words {
+		words := t.words[s][from:to]
 		for len(words) > 0 {
 			row := words[:min(len(dst), len(words))]
 			for k := range row {
-				if n := row[k].Load(); n > 0 {
+				if n := row[k].Load(); n != 0 {
 					dst[k] += n
 				}
 			}

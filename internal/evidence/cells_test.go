@@ -31,7 +31,7 @@ func TestTable(t *testing.T) {
 				if layer == 0 {
 					table.Add(shard, group, cell)
 				} else {
-					table.AddIn(layer, shard, group, cell)
+					table.AddAt(shard, (layer*groups+int(group)%groups)*width+cell)
 				}
 			})
 		}
