@@ -24,14 +24,14 @@ type marks struct {
 const exceedsNone = 0
 
 // totals are the cells of a cohort, group after group, with that of the empty set made from the others and from Errors.
-// The two are not read at one moment, and recorded one after the other: what looks like fewer outcomes than consumed is
-// as many, and the next reading has the difference. So nothing is lost, and none is counted twice.
+// The two are not read at one moment: where that makes fewer outcomes than were consumed there are none new, and a later
+// reading has the difference. Errors are read first, so that there are fewer rather than more.
 func (m *marks) totals(ring *ringView, cohort int, consumed []uint64) []uint64 {
-	cells := make([]uint64, len(consumed))
-	m.tables[cohort].AddGroupsTo(cells)
 	errors := ring.outcomes[cohort][errorsIndex]
 	all := make([]uint64, errors.Width()*errors.Groups())
 	errors.AddGroupsTo(all)
+	cells := make([]uint64, len(consumed))
+	m.tables[cohort].AddGroupsTo(cells)
 	width := m.none + 1
 	for g := range evidence.Groups {
 		row := cells[g*width : (g+1)*width]

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -236,6 +237,69 @@ func TestLateAnswers(t *testing.T) {
 	})
 }
 
+// A request's answers are counted in the slot they were given in, and so is what comes of them, however many slots later;
+// a Do in it is a decision of its own, and a Peek none.
+func TestSlotsOfARequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := lone(t, slotPolicy(), Options{})
+		c := consumed{t: t}
+		c.tick(r, false)
+		u := keyOf(t, r, Candidate)
+		counts := func(slot uint32) (decided, errors uint64) {
+			n := r.ledgers[len(r.ledgers)-1].snap.last.counts(1, int(slot%slots))
+			return sum(n.decided[:]), sum(n.errors[:])
+		}
+		check := func(what string, slot uint32, decided, errors uint64) {
+			t.Helper()
+			if d, e := counts(slot); d != decided || e != errors {
+				t.Errorf("%s: slot %d has %d decisions and %d errors, not %d and %d", what, slot, d, e, decided, errors)
+			}
+		}
+		ctx := NewContext(t.Context(), u)
+		first := r.slot.Load()
+		d := r.DecideContext(ctx)
+		peeked := r.Peek(u)
+		time.Sleep(5 * time.Second)
+		c.tick(r, false)
+		next := r.slot.Load()
+		if next != first+1 || r.DecideContext(ctx) != d || r.Decide(u).at.slot != next {
+			t.Fatalf("slot %d after %d", next, first)
+		}
+		check("asked", first, 1, 0)
+		Record(ctx, Errors.Observe(true))
+		check("recorded", first, 1, 1)
+		peeked.Record(Errors.Observe(true))
+		check("of a Peek", first, 1, 1)
+		check("of a Peek", next, 1, 0)
+		f := func(ctx context.Context) error {
+			if got := r.DecideContext(ctx); got.at.slot != next || got.bits != d.bits {
+				t.Errorf("in a Do: slot %d", got.at.slot)
+			}
+			return nil
+		}
+		must(t, r.Do(ctx, u, f, f))
+		check("a Do", first, 1, 1)
+		check("a Do", next, 2, 1)
+
+		must(t, r.SetPercent(t.Context(), Everyone, 60, "wider")) // the request's epoch is over, the Do's answer is still its
+		g := func(ctx context.Context) error {
+			if got := r.DecideContext(ctx); got.at.slot != next || got.at.epoch != d.at.epoch {
+				t.Errorf("in a Do: slot %d, epoch %d", got.at.slot, got.at.epoch)
+			}
+			return nil
+		}
+		must(t, r.Do(ctx, u, g, g))
+
+		release := r.force(Control)
+		time.Sleep(5 * time.Second)
+		c.tick(r, false)
+		release()
+		if got := r.Decide(u); got.at.slot != next+1 || got.at.slot != r.slot.Load() {
+			t.Errorf("after a forced time: slot %d", got.at.slot)
+		}
+	})
+}
+
 // Slots wait as long as the control's slowest outcomes take, between 5 s and a minute.
 func TestOutcomeDelay(t *testing.T) {
 	for _, v := range []struct{ took, want time.Duration }{
@@ -442,6 +506,155 @@ func TestMarks(t *testing.T) {
 			t.Fatalf("without thresholds again it is cell %d", got)
 		}
 	})
+}
+
+// Whatever is observed together, and whatever the thresholds are meanwhile: the groups' cells of a timing are what they
+// would be if each outcome were counted in its own, and together as many as its histogram has.
+func TestMarksOfEveryCall(t *testing.T) {
+	queue := NewTiming("queue")
+	for _, timings := range [][]Timing{{Latency}, {Latency, queue}} {
+		p := slotPolicy()
+		if len(timings) > 1 {
+			p.Gates = append(p.Gates, queue.NoWorse())
+		}
+		r := startedWith(t, p)
+		rapid.Check(t, func(t *rapid.T) {
+			setPercent(t, r, Everyone, 50)
+			setPercent(t, r, Everyone, 60) // cells of its own
+			ring := r.snap.Load().last
+			r.mu.Lock()
+			for _, m := range ring.marks {
+				if m != nil {
+					m.follow(nil)
+				}
+			}
+			r.mu.Unlock()
+			want, consumed, totals := map[string][]uint64{}, map[string][]uint64{}, map[string][2]uint64{}
+			index := func(m Timing) int { return r.snap.Load().indexOf(m.m) }
+			for _, m := range timings {
+				n := len(newLedger(r.snap.Load(), time.Time{}).rings[0].metrics[index(m)].marked[0])
+				for c := range 2 {
+					want[fmt.Sprint(nameOf(m.m), c)], consumed[fmt.Sprint(nameOf(m.m), c)] = make([]uint64, n), make([]uint64, n)
+				}
+			}
+			for i := range rapid.IntRange(1, 60).Draw(t, "calls") {
+				if rapid.IntRange(0, 9).Draw(t, "thresholds") == 0 {
+					for _, m := range timings {
+						var at [][2]int
+						if rapid.Bool().Draw(t, "known") {
+							for range r.metrics[index(m)].marks {
+								at = append(at, [2]int{rapid.IntRange(0, 500).Draw(t, "control"), rapid.IntRange(0, 500).Draw(t, "candidate")})
+							}
+						}
+						ring.marks[index(m)].follow(at)
+					}
+				}
+				d := r.Decide(Unit{Key: fmt.Sprint("unit ", i%7)})
+				c := d.bits.side()
+				var obs []Observation
+				for range rapid.IntRange(1, 4).Draw(t, "observations") {
+					switch k := rapid.IntRange(0, 2+len(timings)).Draw(t, "metric"); k {
+					case 0, 1:
+						obs = append(obs, Errors.Observe(k == 0))
+					case 2:
+						obs = append(obs, route.Observe("answer"))
+					default:
+						m := timings[k-3]
+						took := time.Duration(rapid.IntRange(0, 1<<24).Draw(t, "took"))
+						obs = append(obs, m.Observe(took))
+						name, marks := fmt.Sprint(nameOf(m.m), c), ring.marks[index(m)]
+						want[name][int(d.bits.group())*(marks.none+1)+marks.cell(c, evidence.Index(took))]++
+						n := totals[nameOf(m.m)]
+						n[c]++
+						totals[nameOf(m.m)] = n
+					}
+				}
+				d.Record(obs...)
+				for _, m := range timings { // each reading has what the one before had
+					for c := range 2 {
+						name := fmt.Sprint(nameOf(m.m), c)
+						consumed[name] = ring.marks[index(m)].totals(ring, c, consumed[name])
+						if !slices.Equal(consumed[name], want[name]) {
+							t.Fatalf("%s: %v, not %v", name, consumed[name], want[name])
+						}
+						cells := make([]uint64, evidence.Cells)
+						ring.outcomes[c][index(m)].AddTo(cells)
+						if n := totals[nameOf(m.m)][c]; sum(cells) != n || sum(consumed[name]) != n {
+							t.Fatalf("%s: %d by groups, %d in the histogram, not %d", name, sum(consumed[name]), sum(cells), n)
+						}
+					}
+				}
+			}
+		})
+	}
+}
+
+// Readings made while outcomes are recorded only grow, and the last one has everything once.
+func TestMarksAreReadMeanwhile(t *testing.T) {
+	r := startedWith(t, slotPolicy())
+	s := r.snap.Load()
+	m := s.last.marks[1]
+	m.follow([][2]int{{200, 200}, {500, 500}})
+	const calls, writers = 2000, 4
+	var work sync.WaitGroup
+	for w := range writers {
+		work.Go(func() {
+			for i := range calls {
+				d := r.Decide(Unit{Key: fmt.Sprint(i % 50)})
+				errors, took := Errors.Observe(false), Latency.Observe(time.Duration(i%3)*time.Second)
+				switch w {
+				case 0:
+					d.Record(errors, took)
+				case 1:
+					d.Record(took, errors)
+				case 2:
+					d.Record(took)
+				default:
+					d.Record(errors)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { work.Wait(); close(done) }()
+	var seen [2][]uint64
+	for c := range seen {
+		seen[c] = make([]uint64, evidence.Groups*(m.none+1))
+	}
+	for last := false; ; {
+		for c := range seen {
+			next := m.totals(s.last, c, seen[c])
+			for k, n := range next {
+				if n < seen[c][k] {
+					t.Fatalf("cell %d had %d and has %d", k, seen[c][k], n)
+				}
+			}
+			seen[c] = next
+		}
+		if last {
+			break
+		}
+		select {
+		case <-done:
+			last = true
+		default:
+		}
+	}
+	over := uint64(0)
+	for c := range seen {
+		for k, n := range seen[c] {
+			if k%(m.none+1) != exceedsNone {
+				over += n
+			}
+		}
+	}
+	want := uint64(3 * (calls - (calls+2)/3))
+	if over != want {
+		t.Errorf("%d outcomes exceed something, not %d", over, want)
+	}
+	if n := sum(seen[0]) + sum(seen[1]); n < 3*calls { // what was read ahead of its Errors may be there twice for now
+		t.Errorf("%d outcomes of %d", n, 3*calls)
+	}
 }
 
 // Thresholds come from what the judge has seen of the control, also for the epoch before while it counts.
