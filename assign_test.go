@@ -473,7 +473,7 @@ func TestPeekCountsNothing(t *testing.T) {
 		t.Errorf("%d records, %d decisions", records, decisions)
 	}
 	for i, u := range units {
-		if d := r.Decide(u); d.at != peeked[i].at || d.bits != peeked[i].bits {
+		if d, p := r.Decide(u), peeked[i]; d.at.epoch != p.at.epoch || d.Generation() != p.Generation() || d.Stage() != p.Stage() || d.bits != p.bits {
 			t.Errorf("%+v: Decide says %v and Peek %v", u, d, peeked[i])
 		}
 	}
