@@ -37,7 +37,12 @@ func (c *config) slack() float64 {
 }
 
 // few is how many runs a median takes.
-func (c *config) few() int { return max(c.runs/5, 40) }
+func (c *config) few() int {
+	if c.short {
+		return c.runs
+	}
+	return max(c.runs/5, 40)
+}
 
 // ticks is how long a release is watched.
 func (c *config) ticks(n int) int {
