@@ -537,7 +537,8 @@ func TestMarksOfEveryCall(t *testing.T) {
 					want[fmt.Sprint(nameOf(m.m), c)], consumed[fmt.Sprint(nameOf(m.m), c)] = make([]uint64, n), make([]uint64, n)
 				}
 			}
-			for i := range rapid.IntRange(1, 60).Draw(t, "calls") {
+			calls := rapid.IntRange(1, 40).Draw(t, "calls")
+			for i := range calls {
 				if rapid.IntRange(0, 9).Draw(t, "thresholds") == 0 {
 					for _, m := range timings {
 						var at [][2]int
@@ -570,6 +571,9 @@ func TestMarksOfEveryCall(t *testing.T) {
 					}
 				}
 				d.Record(obs...)
+				if i < calls-1 && rapid.IntRange(0, 9).Draw(t, "read") > 0 {
+					continue
+				}
 				for _, m := range timings { // each reading has what the one before had
 					for c := range 2 {
 						name := fmt.Sprint(nameOf(m.m), c)
