@@ -2,6 +2,7 @@ package main
 
 import (
 	"flag"
+	"slices"
 	"testing"
 )
 
@@ -15,6 +16,9 @@ func TestTables(t *testing.T) {
 	}
 	for _, table := range tables {
 		t.Run(table.name, func(t *testing.T) {
+			if raced && slices.Contains([]string{"policies", "rings", "absence"}, table.name) {
+				t.Skip("takes minutes, and does nothing at the same time that silence does not")
+			}
 			got := table.make(c)
 			if got.broken > 0 && !raced {
 				t.Errorf("%d bounds are broken:\n%s", got.broken, got.String())
