@@ -153,31 +153,40 @@ func TestTimingModel(t *testing.T) {
 	}
 }
 
-// values are the observations of a model that only some requests are asked of, by whether they got the candidate.
-func values[T any](t *testing.T, m simulate.Model, at func(*simulate.Request, *simulate.Outcome) (T, bool)) (got [2][]T) {
-	watch(t, simulate.Traffic{PerSecond: 50, Units: 100, Models: []simulate.Model{m}}, func(q *simulate.Request, o *simulate.Outcome) {
-		v, ok := at(q, o)
-		if i := 0; ok {
+// values are the observations of each of some models, by whether the request got the candidate.
+func values(t *testing.T, models []simulate.Model) [][2][]rollout.Observation {
+	got := make([][2][]rollout.Observation, len(models))
+	var each []simulate.Model
+	for i, m := range models {
+		each = append(each, func(q *simulate.Request, o *simulate.Outcome) {
+			before := len(o.Observations)
+			m(q, o)
+			c := 0
 			if q.Decision.Enabled() {
-				i = 1
+				c = 1
 			}
-			got[i] = append(got[i], v)
-		}
-	})
+			got[i][c] = append(got[i][c], o.Observations[before:]...)
+		})
+	}
+	watch(t, simulate.Traffic{PerSecond: 50, Units: 100, Models: each}, func(*simulate.Request, *simulate.Outcome) {})
 	return got
 }
 
 func TestScoreModel(t *testing.T) {
+	m := rollout.NewScore("other", -1, 3)
 	// A Spread of 2 is half the range: two heaps at the ends. One of 0 is the mean each time.
-	for _, c := range []struct{ mean, spread float64 }{{2, .5}, {1, .25}, {1, 2}, {2.5, 0}, {-1, .5}, {3, .5}} {
-		stable := simulate.Scores{Mean: simulate.Always(1), Spread: .3, Low: -1, High: 3}
-		candidate := simulate.Scores{Mean: simulate.Always(c.mean), Spread: c.spread, Low: -1, High: 3}
-		got := values(t, simulate.Score(rollout.NewScore("other", -1, 3), stable, candidate), func(_ *simulate.Request, o *simulate.Outcome) (float64, bool) {
-			return math.Float64frombits(reflect.ValueOf(o.Observations[0]).FieldByName("value").Uint()), true
-		})
+	cases := []struct{ mean, spread float64 }{{2, .5}, {1, .25}, {1, 2}, {2.5, 0}, {-1, .5}, {3, .5}}
+	var models []simulate.Model
+	for _, c := range cases {
+		models = append(models, simulate.Score(m, simulate.Scores{Mean: simulate.Always(1), Spread: .3, Low: -1, High: 3},
+			simulate.Scores{Mean: simulate.Always(c.mean), Spread: c.spread, Low: -1, High: 3}))
+	}
+	got := values(t, models)
+	for k, c := range cases {
 		for i, want := range []struct{ mean, spread float64 }{{1, .3}, {c.mean, c.spread}} {
-			n, sum, squares := float64(len(got[i])), 0.0, 0.0
-			for _, x := range got[i] {
+			n, sum, squares := float64(len(got[k][i])), 0.0, 0.0
+			for _, o := range got[k][i] {
+				x := math.Float64frombits(reflect.ValueOf(o).FieldByName("value").Uint())
 				if x < -1 || x > 3 {
 					t.Fatalf("%v is not of the range", x)
 				}
@@ -187,8 +196,8 @@ func TestScoreModel(t *testing.T) {
 			if want.mean == -1 || want.mean == 3 {
 				want.spread = 0
 			}
-			if off := math.Abs(sum/n - want.mean); off > 5*want.spread/math.Sqrt(n)+1e-9 {
-				t.Errorf("%v: the mean is off by %v", want, off)
+			if off := math.Abs(sum/n - want.mean); n == 0 || off > 5*want.spread/math.Sqrt(n)+1e-9 {
+				t.Errorf("%v: the mean of %v is off by %v", want, n, off)
 			}
 			if sd := math.Sqrt(squares / n); math.Abs(sd-want.spread) > .03*want.spread+1e-9 {
 				t.Errorf("%v: the standard deviation is %v", want, sd)
@@ -199,35 +208,35 @@ func TestScoreModel(t *testing.T) {
 
 func TestMixModel(t *testing.T) {
 	m := rollout.NewMix("other", "a", "b", "c")
-	labels := map[rollout.Observation]string{}
-	for _, label := range []string{"a", "b", "c"} {
-		labels[m.Observe(label)] = label
-	}
 	stable := simulate.Parts{"a": simulate.Always(6), "b": simulate.Always(3), "c": simulate.Always(1)}
-	candidate := simulate.Parts{"a": simulate.Always(30), "c": simulate.Always(60), "b": simulate.Always(10)}
-	late := simulate.Parts{"a": nil, "b": simulate.Level(nil).After(30*time.Minute, simulate.Always(1))}
-	of := func(_ *simulate.Request, o *simulate.Outcome) (string, bool) {
-		if len(o.Observations) == 0 {
-			return "", false
-		}
-		return labels[o.Observations[0]], true
-	}
-	for _, c := range []struct {
+	cases := []struct {
 		candidate simulate.Parts
 		want      [3]float64
-	}{{candidate, [3]float64{30, 10, 60}}, {nil, [3]float64{60, 30, 10}}, {late, [3]float64{0, 100, 0}}} {
-		got := values(t, simulate.Mix(m, stable, c.candidate), of)
+	}{
+		{simulate.Parts{"a": simulate.Always(30), "c": simulate.Always(60), "b": simulate.Always(10)}, [3]float64{30, 10, 60}},
+		{nil, [3]float64{60, 30, 10}},
+		{simulate.Parts{"a": nil, "b": simulate.Level(nil).After(0, simulate.Always(1))}, [3]float64{0, 100, 0}},
+	}
+	var models []simulate.Model
+	for _, c := range cases {
+		models = append(models, simulate.Mix(m, stable, c.candidate))
+	}
+	got := values(t, append(models, simulate.Mix(m, simulate.Parts{"a": nil}, nil)))
+	for k, c := range cases {
 		for i, want := range [2][3]float64{{60, 30, 10}, c.want} {
-			n := map[string]int{}
-			for _, label := range got[i] {
-				n[label]++
+			n := map[rollout.Observation]int{}
+			for _, o := range got[k][i] {
+				n[o]++
 			}
-			for k, label := range []string{"a", "b", "c"} {
-				near(t, label, n[label], len(got[i]), want[k])
+			for j, label := range []string{"a", "b", "c"} {
+				near(t, label, n[m.Observe(label)], len(got[k][i]), want[j])
+			}
+			if len(got[k][i]) == 0 {
+				t.Error("nothing was observed")
 			}
 		}
 	}
-	if none := values(t, simulate.Mix(m, simulate.Parts{"a": nil}, nil), of); len(none[0])+len(none[1]) != 0 {
+	if none := got[len(cases)]; len(none[0])+len(none[1]) != 0 {
 		t.Error("something was observed of no parts")
 	}
 }

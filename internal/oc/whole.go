@@ -71,7 +71,7 @@ func (k candidate) traffic(perSecond float64) rehearse.Traffic {
 // whole is how many runs of a whole policy are made.
 func (c *config) whole() int {
 	if c.short {
-		return max(c.runs/25, 1)
+		return max(c.runs/25, 2) // one for each worker
 	}
 	return max(c.runs/10, 20)
 }
