@@ -22,6 +22,7 @@ func (g *gate) tally(p *Part, mem *Memory, b *Block, c *counts) {
 		return
 	case g.Moments:
 		p.bounds(g, b.Moments[0].arm(), b.Moments[1].arm(), unit)
+		p.late(b.Moments[1].N, b.Moments[1].S)
 		p.Candidate.join(b.Moments[0].tally())
 		p.Control.join(b.Moments[1].tally())
 		return
@@ -29,6 +30,7 @@ func (g *gate) tally(p *Part, mem *Memory, b *Block, c *counts) {
 		p.bounds(g,
 			evalue.Arm{N: float64(sum(b.Candidate)), S: float64(points(b.Candidate)) * unit, S2: float64(squares(b.Candidate)) * unit * unit},
 			evalue.Arm{N: float64(sum(b.Control)), S: float64(points(b.Control)) * unit, S2: float64(squares(b.Control)) * unit * unit}, unit)
+		p.late(float64(sum(b.Control)), float64(points(b.Control))*unit)
 		p.Candidate.join(Tally{sum(b.Candidate), points(b.Candidate), squares(b.Candidate)})
 		p.Control.join(Tally{sum(b.Control), points(b.Control), squares(b.Control)})
 		return
@@ -42,6 +44,9 @@ func (g *gate) tally(p *Part, mem *Memory, b *Block, c *counts) {
 	p.bounds(g, evalue.Arm{N: float64(n), S: float64(x), S2: float64(x)}, evalue.Arm{N: float64(m), S: float64(y), S2: float64(y)}, 1)
 	p.Candidate.add(n, x)
 	p.Control.add(m, y)
+	if g.Absolute() {
+		p.late(float64(m), float64(y))
+	}
 }
 
 // unit is the badness between two cells of a Score.

@@ -171,6 +171,17 @@ type Part struct {
 	Candidate Tally         `json:"candidate,omitzero"`
 	Control   Tally         `json:"control,omitzero"`
 	Bounds    evalue.Bounds `json:"bounds,omitzero"`
+
+	// Of an absolute gate: the control's last block, and those before with ever
+	// more weight.
+	Recent [len(recent)]Recent `json:"recent,omitzero"`
+}
+
+// Recent is how many outcomes there were lately, and how many were events or how
+// bad they were together.
+type Recent struct {
+	N float64 `json:"n,omitempty"`
+	X float64 `json:"x,omitempty"`
 }
 
 // Tally counts outcomes and, among them, events; of a Score the sum of its

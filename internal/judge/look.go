@@ -153,7 +153,7 @@ func (st *State) known(g *gate) *Gate {
 // as well, the candidate is not what is wrong: hold instead of rolling back.
 func (j *Judge) broken(st *State, g *gate, s *Gate) {
 	s.Broken, s.Cause = true, g.cause(s, j.spread(st, g))
-	if g.group == acting && g.excused(st, s) {
+	if g.group == acting && g.excused(s) {
 		s.Action, s.Ring = Hold, ""
 		s.Cause += "; the control violates the limit as well, so a rollback would not help"
 	}
@@ -161,29 +161,25 @@ func (j *Judge) broken(st *State, g *gate, s *Gate) {
 
 // excused reports whether the recent control violates the gate's absolute limit,
 // too, by more than chance: in the ring at fault, or in all of them.
-func (g *gate) excused(st *State, s *Gate) bool {
-	n, x, scale := 0., 0., 1.
-	for _, ring := range sortedKeys(st.Memory[g.Metric]) {
-		m := st.Memory[g.Metric][ring]
-		if s.Ring != "" && s.Ring != ring {
-			continue
-		}
-		switch g.Kind {
-		case ScoreAtLeast:
-			scale = 1. / (ScoreCells - 1)
-			fallthrough
-		case AtMost:
-			n, x = n+m.RecentN, x+m.RecentX*scale
-		case QuantileAtMost:
-			all, beyond := m.Control.beyond(g.rollback[0].cell)
-			n, x = n+all, x+beyond
-		}
-	}
+func (g *gate) excused(s *Gate) bool {
+	limit := g.Margin
 	switch g.Kind {
 	case AtMost, ScoreAtLeast:
-		return x >= excuse && x-math.Sqrt(x) > g.Margin*n
 	case QuantileAtMost:
-		return x >= excuse && x-math.Sqrt(x) > (1-g.Quantile)*n
+		limit = 1 - g.Quantile
+	default:
+		return false
+	}
+	for i := range recent {
+		n, x := 0., 0.
+		for _, ring := range s.rings() {
+			if s.Ring == "" || s.Ring == ring {
+				n, x = n+s.Parts[ring].Recent[i].N, x+s.Parts[ring].Recent[i].X
+			}
+		}
+		if x >= excuse && x-math.Sqrt(x) > limit*n {
+			return true
+		}
 	}
 	return false
 }

@@ -13,8 +13,6 @@ const (
 	warmUp = 200
 
 	histDecay = .98 // a block, of the recent histograms: half is 34 blocks old
-	rateDecay = .75 // a block, of a rate's recent control: an incident must show at once
-
 	// excuse is how many recent control events it takes at least to say that
 	// the control violates an absolute limit, too.
 	excuse = 3
@@ -23,11 +21,9 @@ const (
 // Memory is what is remembered of one metric in one ring beyond its gates: the
 // past that bets are built on, and what is shown.
 type Memory struct {
-	// Of a Rate or a Score: the cohorts' past, and the control's recent part.
-	Candid  Tally   `json:"candidate,omitzero"`
-	Past    Tally   `json:"past,omitzero"` // the control's
-	RecentN float64 `json:"recentN,omitempty"`
-	RecentX float64 `json:"recentX,omitempty"`
+	// Of a Rate or a Score: the cohorts' past.
+	Candid Tally `json:"candidate,omitzero"`
+	Past   Tally `json:"past,omitzero"` // the control's
 
 	// Of a Mix: the cohorts' past, by label.
 	Mix [2][]uint64 `json:"mix,omitzero"`
@@ -44,12 +40,22 @@ type Memory struct {
 // rate adds a block's outcomes and the events among them, of both cohorts.
 func (m *Memory) rate(n, x, controls, y uint64) {
 	m.Candid.add(n, x)
-	if controls == 0 {
+	m.Past.add(controls, y)
+}
+
+// recent are the parts of what was before that still count a block later: an
+// incident of both cohorts must show at once where blocks are large, and after
+// some where they are small.
+var recent = [...]float64{0, .5, .75, .9}
+
+// late adds a block's control outcomes, n with the events x.
+func (p *Part) late(n, x float64) {
+	if n == 0 {
 		return
 	}
-	m.Past.add(controls, y)
-	m.RecentN = m.RecentN*rateDecay + float64(controls)
-	m.RecentX = m.RecentX*rateDecay + float64(y)
+	for i, keep := range recent {
+		p.Recent[i] = Recent{p.Recent[i].N*keep + n, p.Recent[i].X*keep + x}
+	}
 }
 
 // mean returns the control's rate so far, of which each event counts as scale.
@@ -132,17 +138,6 @@ func (h *Histogram) quantile(q float64) (cell int, above float64, ok bool) {
 		}
 	}
 	return h.From + len(h.Cells) - 1, 0, true
-}
-
-// beyond returns the weight of all cells, and of the cell and those after it.
-func (h *Histogram) beyond(cell int) (n, x float64) {
-	for i, w := range h.Cells {
-		n += float64(w)
-		if h.From+i >= cell {
-			x += float64(w)
-		}
-	}
-	return n, x
 }
 
 // quantileOf returns the q-quantile of the histograms together, as the middle

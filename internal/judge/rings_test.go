@@ -351,3 +351,38 @@ func TestOtherShapes(t *testing.T) {
 	j.Leave(&st, "staff")
 	j.Look(&st)
 }
+
+// An incident of both cohorts holds, however large the blocks; a bad candidate
+// beside a control that is well below the limit is rolled back.
+func TestExcuse(t *testing.T) {
+	for _, c := range []struct {
+		n, m               int
+		candidate, control float64
+		held               bool
+	}{{10, 190, .2, .2, true}, {50, 950, .2, .2, true}, {500, 500, .2, .2, true}, {10, 20, .25, .25, true}, {10, 30, .25, .04, false}, {500, 500, .2, .05, false}} {
+		held, found := 0, 0
+		for seed := range uint64(100) {
+			r := rand.New(rand.NewPCG(seed, 3))
+			j, err := New([]Spec{{Name: "most", Metric: "errors", Kind: AtMost, Margin: .1, Action: Rollback}}, Risk{FalseRollback: .01, FalsePromotion: .05})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var st State
+			for tick := range 400 {
+				p, q := .01, .01
+				if tick >= 60 {
+					p, q = c.candidate, c.control
+				}
+				j.Consume(&st, eachItsOwn("everyone", c.n, draw(c.n, p, r), c.m, draw(c.m, q, r), r), nil, false)
+				if j.Look(&st); st.Gates["most"].Broken {
+					found++
+					held += bit(st.Gates["most"].Action == Hold)
+					break
+				}
+			}
+		}
+		if found < 95 || c.held && held < found*95/100 || !c.held && held > 5 {
+			t.Errorf("%+v: of %d that broke %d hold", c, found, held)
+		}
+	}
+}

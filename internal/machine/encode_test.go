@@ -35,7 +35,7 @@ func TestEncodeTooLarge(t *testing.T) {
 		for i := range 200 {
 			rings := map[string]*judge.Memory{}
 			for _, ring := range p.Rings {
-				rings[ring] = &judge.Memory{RecentN: 1}
+				rings[ring] = &judge.Memory{Past: judge.Tally{N: uint64(1)}}
 			}
 			s.Gates.Memory[fmt.Sprint("metric ", i)] = rings
 		}
