@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +18,7 @@ import (
 
 // meter is a Source of counters that grow by themselves.
 type meter struct {
+	mu     sync.Mutex
 	n, bad [2]float64 // control, candidate
 	say    func(add func(metric, ring string, candidate bool, values []float64)) error
 }
@@ -25,18 +27,34 @@ func (m *meter) Totals(_ context.Context, add func(string, string, bool, []float
 	if m.say != nil {
 		return m.say(add)
 	}
-	for c := range m.n {
-		add("errors", "", c == 1, []float64{m.n[c], m.bad[c]})
+	n, bad := m.totals()
+	for c := range n {
+		add("errors", "", c == 1, []float64{n[c], bad[c]})
 	}
 	return nil
+}
+
+func (m *meter) totals() (n, bad [2]float64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.n, m.bad
+}
+
+// set changes the counters.
+func (m *meter) set(f func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f()
 }
 
 // measure lets d go by while the counters grow: 100 outcomes a second, a tenth of them the candidate's.
 func (m *meter) measure(d time.Duration, control, candidate float64) {
 	for range int(d / time.Second) {
 		time.Sleep(time.Second)
-		m.n[0], m.n[1] = m.n[0]+90, m.n[1]+10
-		m.bad[0], m.bad[1] = math.Floor(control*m.n[0]), math.Floor(candidate*m.n[1])
+		m.set(func() {
+			m.n[0], m.n[1] = m.n[0]+90, m.n[1]+10
+			m.bad[0], m.bad[1] = math.Floor(control*m.n[0]), math.Floor(candidate*m.n[1])
+		})
 	}
 	synctest.Wait()
 }
@@ -139,7 +157,10 @@ func TestBrokenSource(t *testing.T) {
 		t.Run(c.cause, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				m := &meter{}
-				m.say = func(add func(string, string, bool, []float64)) error { return c.say(m, add) }
+				m.say = func(add func(string, string, bool, []float64)) error {
+					n, _ := m.totals()
+					return c.say(&meter{n: n}, add)
+				}
 				p := measured()
 				p.Without = []string{GuardNoOutcome}
 				r := start(t, "x", p, Options{Sources: map[string]Source{"errors": m}})
@@ -271,7 +292,7 @@ func TestSourceOfSeveral(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			m := &meter{}
 			lagging := SourceFunc(func(ctx context.Context, add func(string, string, bool, []float64)) error {
-				n, bad := m.n, m.bad
+				n, bad := m.totals()
 				time.Sleep(lag)
 				for c := range n {
 					add("errors", "", c == 1, []float64{n[c], bad[c]})
@@ -303,7 +324,7 @@ func TestSourceOfSeveral(t *testing.T) {
 				t.Errorf("lag %v: %v of %v outcomes were consumed", lag, got, want)
 			}
 			was := counted()
-			m.n, m.bad = [2]float64{}, [2]float64{}
+			m.set(func() { m.n, m.bad = [2]float64{}, [2]float64{} })
 			time.Sleep(time.Minute)
 			m.measure(10*time.Minute, 0, 0)
 			time.Sleep(2 * time.Minute)
@@ -327,7 +348,7 @@ func TestSourceBakes(t *testing.T) {
 		p.Stages[0].GuardOnly, p.Bake, p.Without = true, 45*time.Second, []string{GuardNoOutcome}
 		r := start(t, "x", p, Options{Sources: map[string]Source{"errors": m}})
 		time.Sleep(30 * time.Second)
-		m.n[1]++ // one outcome
+		m.set(func() { m.n[1]++ }) // one outcome
 		time.Sleep(3 * time.Minute)
 		synctest.Wait()
 		if s := r.Status(); s.Stage.Index != 0 || s.Stage.Baked > 20*time.Second {
