@@ -359,7 +359,7 @@ func TestExcuse(t *testing.T) {
 		n, m               int
 		candidate, control float64
 		held               bool
-	}{{10, 190, .2, .2, true}, {50, 950, .2, .2, true}, {500, 500, .2, .2, true}, {10, 20, .25, .25, true}, {10, 30, .25, .04, false}, {500, 500, .2, .05, false}} {
+	}{{10, 190, .2, .2, true}, {50, 950, .2, .2, true}, {500, 500, .2, .2, true}, {10, 20, .25, .25, true}, {10, 30, .25, .04, false}, {10, 20, .3, .06, false}, {500, 500, .2, .05, false}} {
 		held, found := 0, 0
 		for seed := range uint64(100) {
 			r := rand.New(rand.NewPCG(seed, 3))
