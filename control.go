@@ -31,24 +31,37 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 			}
 			continue
 		}
-		if l.standing != machine.Current && !l.dirty {
+		if l.standing != machine.Current && !l.dirty && len(l.st.Cursors[r.me()].Open) == 0 {
 			r.follow(l.stored, l.standing, nil)
 			return
 		}
+		if _, dead := l.st.Retired[r.me()]; dead {
+			r.sessions.forsake() // they have counted as failed
+			r.reincarnate()
+		}
 		k, next := &cut{at: r.now()}, l.st
+		var open []machine.Open
 		if l.standing == machine.Current {
 			k = r.cutFor(l.st, last)
 			if c.gen != 0 && c.gen != l.st.Gen {
 				c.stepped = k.at // the time before was another generation's
 			}
 			in := r.input(c, k)
+			in.Dead = r.dead(l.st)
 			r.addSources(l.st, &in)
+			if !last {
+				open = r.sessions.open(l.st.Gen)
+			}
+			was := l.st.Cursors[r.me()].Open
 			var more []machine.Event
 			sources, acted, phase := l.st.Sources, slices.Clone(l.st.Acted), l.st.Phase
 			next, more = r.stepAsking(ctx, l.st, in)
 			l.events = append(l.events, more...)
 			news := len(l.events) + len(in.Blocks) + len(in.Outcomes) + len(in.Breaches)
 			if in.Sources != nil && !sameTotals(in.Sources, sources) {
+				news++
+			}
+			if !sameOpen(open, was) {
 				news++
 			}
 			if !l.dirty && slices.Equal(next.Acted, acted) && news == 0 && k.at.Sub(c.stored) < 12*r.o.Interval {
@@ -60,7 +73,7 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 			}
 		}
 		c.seq++
-		next.Consume(r.incarnation, c.seq)
+		next.Consume(r.me(), c.seq, open)
 		d := &doubt{cut: k, next: next, rev: l.rev, seq: c.seq, standing: l.standing, events: l.events}
 		landed, err := r.swap(ctx, next, l.rev)
 		if err != nil {
@@ -103,7 +116,7 @@ type doubt struct {
 func (r *Rollout) settle(ctx context.Context, c *clock, l look) bool {
 	d := c.doubt
 	switch {
-	case l.stored != nil && l.stored.Consumed(r.incarnation, d.seq):
+	case l.stored != nil && l.stored.Consumed(r.me(), d.seq):
 		r.commit(c, d, l.stored)
 		return true
 	case l.rev != d.rev:
@@ -168,14 +181,14 @@ func (r *Rollout) cutFor(st *machine.State, last bool) *cut {
 
 func (r *Rollout) input(c *clock, k *cut) machine.Input {
 	r.mu.Lock()
-	checks, since := r.checks, c.stepped
+	checks, since, units := r.checks, c.stepped, r.unitsLocked()
 	if r.adopted.After(since) {
 		since = r.adopted // another process has accounted for the time before
 	}
 	r.mu.Unlock()
 	return machine.Input{
 		Now: k.at, Elapsed: k.at.Sub(since), Blocks: k.blocks, Outcomes: k.outcomes, Breaches: k.breaches,
-		Checks: checks, Rationales: k.reasons, MayAdvance: true,
+		Checks: checks, Rationales: k.reasons, MayAdvance: true, Units: units,
 	}
 }
 
@@ -238,7 +251,37 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 	if next.Phase.Latched() && !st.Phase.Latched() && !latched {
 		r.logger().Error("rollout: rolled back here; the Store cannot be told yet", "rollout", r.name, "gate", next.Incident.Gate, "cause", next.Incident.Note)
 		r.latchHere(&intent{gen: st.Gen, note: next.Incident.Note, incident: next.Incident})
+		r.revokeHere(st.Gen)
 	}
+}
+
+// sign is when another process last gave a sign of life.
+type sign struct {
+	seq   uint64
+	since time.Time
+}
+
+// dead are the incarnations with work under way that have given no sign of life for as long as one may be silent that
+// writes at every checkpoint.
+func (r *Rollout) dead(st *machine.State) []string {
+	lives := map[string]sign{}
+	var dead []string
+	for inc, cur := range st.Cursors {
+		if inc == r.me() || len(cur.Open) == 0 {
+			continue
+		}
+		s := r.lives[inc]
+		if s.seq != cur.Seq || s.since.IsZero() {
+			s = sign{cur.Seq, r.now()}
+		}
+		lives[inc] = s
+		if r.now().Sub(s.since) >= r.patience() {
+			dead = append(dead, inc)
+		}
+	}
+	r.lives = lives
+	slices.Sort(dead)
+	return dead
 }
 
 // latchHere takes every share to zero in this process, whatever is stored.

@@ -83,11 +83,12 @@ func TestEnumerationsAreTexts(t *testing.T) {
 		ReasonUnset: "unset", ReasonNotLoaded: "not loaded", ReasonOff: "off", ReasonSplit: "split", ReasonFull: "full", ReasonHoldback: "holdback",
 		ReasonNoUnit: "no unit", ReasonRolledBack: "rolled back", ReasonCompleted: "completed", ReasonVersion: "version", ReasonForced: "forced",
 	})
+	testEnum(t, map[Revocation]string{FinishTurn: "finish turn", UntilEnd: "until end", AtOnce: "at once"})
 	testEnum(t, map[EventKind]string{
 		0: "unset", Started: "started", StageEntered: "stage entered", Climbed: "climbed", HoldBegan: "held", Resumed: "resumed", Approved: "approved",
 		PercentSet: "percent set", SteppedBack: "stepped back", RingRolledBack: "ring rolled back", RollbackBegan: "rollback began", StepFailed: "step failed",
 		StepDone: "step done", RollbackStuck: "rollback stuck", RollbackDone: "rollback done", CompletedRollout: "completed", GateBroken: "gate broken",
-		PolicyEdited: "policy edited", VersionAdopted: "version adopted", StoreWentBack: "store went back", StoreFailed: "store failed", StoreBack: "store back",
+		PolicyEdited: "policy edited", VersionAdopted: "version adopted", StoreWentBack: "store went back", StepWaived: "step waived", WorkLost: "work lost", StoreFailed: "store failed", StoreBack: "store back",
 	})
 }
 

@@ -34,6 +34,8 @@ const (
 	PolicyEdited     = EventKind(machine.PolicyEdited)   // the same Version came with another policy
 	VersionAdopted   = EventKind(machine.VersionAdopted) // a completed rollout took up a new Version
 	StoreWentBack    = EventKind(machine.WentBack)       // the Store held an older state; what was known was joined with it
+	StepWaived       = EventKind(machine.StepWaived)     // an operator's word stands for what Note names
+	WorkLost         = EventKind(machine.WorkLost)       // a process died with sessions under way, which count as failed
 	StoreFailed      = EventKind(32)                     // Err says how; told once until StoreBack
 	StoreBack        = EventKind(33)                     // the Store can be used again
 )
@@ -45,7 +47,7 @@ var eventNames = func() []string {
 		Approved: "approved", PercentSet: "percent set", SteppedBack: "stepped back", RingRolledBack: "ring rolled back",
 		RollbackBegan: "rollback began", StepFailed: "step failed", StepDone: "step done", RollbackStuck: "rollback stuck",
 		RollbackDone: "rollback done", CompletedRollout: "completed", GateBroken: "gate broken", PolicyEdited: "policy edited",
-		VersionAdopted: "version adopted", StoreWentBack: "store went back", StoreFailed: "store failed", StoreBack: "store back",
+		StepWaived: "step waived", WorkLost: "work lost", VersionAdopted: "version adopted", StoreWentBack: "store went back", StoreFailed: "store failed", StoreBack: "store back",
 	} {
 		names[k] = name
 	}
@@ -90,7 +92,7 @@ func (r *Rollout) event(st *machine.State, e machine.Event) Event {
 	return Event{
 		Time: r.now(), Kind: EventKind(e.Kind), Name: r.name, Stage: e.Stage, Ring: e.Ring, Gate: e.Gate, Note: e.Note,
 		From: State(e.From), To: State(e.To), Generation: st.Gen, Percent: Percent(st.Shares[e.Ring]),
-		Incident: r.incidentOf(e.Incident),
+		Incident: r.incidentOf(st, e.Incident),
 	}
 }
 
@@ -182,7 +184,7 @@ func (r *Rollout) tell(s *subscriber, e Event) {
 func (r *Rollout) logEvent(e Event) {
 	level := slog.LevelInfo
 	switch e.Kind {
-	case HoldBegan, SteppedBack, RingRolledBack, RollbackBegan, GateBroken, StepFailed, PolicyEdited:
+	case HoldBegan, SteppedBack, RingRolledBack, RollbackBegan, GateBroken, StepFailed, StepWaived, WorkLost, PolicyEdited:
 		level = slog.LevelWarn
 	case RollbackStuck:
 		level = slog.LevelError

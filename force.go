@@ -46,7 +46,7 @@ func forceIn(ctx context.Context, r *Rollout, c Cohort) context.Context {
 	return s
 }
 
-// decideForced is a test's answer for r in this scope, or that of the scope which the forcing was laid over.
+// decideForced is a test's answer for r in this scope, or that of the scope which the forcing was laid over, or a session's.
 func (s *scope) decideForced(r *Rollout) (d Decision, ok bool) {
 	for _, at := range s.forced {
 		if at.r == r {
@@ -60,7 +60,7 @@ func (s *scope) decideForced(r *Rollout) (d Decision, ok bool) {
 	if s.base != nil {
 		return s.base.decide(r), true
 	}
-	return Decision{}, false
+	return s.session.answerIn(s, r)
 }
 
 // forcedSnapshot answers with cohort c for everybody. Nothing is counted or recorded of it: its generation is none.

@@ -10,7 +10,7 @@ import (
 // generation is what this process keeps through all epochs of one generation.
 type generation struct {
 	gen     uint64
-	met     []bitmap  // the units that came, by ring
+	units   []units   // that came, by ring
 	reasons []reasons // of the candidate's observations, by metric
 	voices  []voice   // by ring; of the goroutine of Run alone
 }
@@ -20,30 +20,10 @@ func (r *Rollout) lifeLocked(gen uint64) *generation {
 	if r.life == nil || r.life.gen != gen {
 		rings := len(r.plan.Rings)
 		r.life = &generation{
-			gen: gen, met: make([]bitmap, rings), reasons: make([]reasons, len(r.metrics)), voices: make([]voice, rings),
+			gen: gen, units: make([]units, rings), reasons: make([]reasons, len(r.metrics)), voices: make([]voice, rings),
 		}
 	}
 	return r.life
-}
-
-// bitmap holds one bit for each of 65,536 parts of the units, by bits of the bucket that neither exposure nor groups use:
-// whether a unit of that part has come.
-type bitmap [1 << 10]atomic.Uint64
-
-func bitOf(bucket uint64) (word int, bit uint64) {
-	return int(bucket >> 26 & 1023), 1 << (bucket >> 20 & 63)
-}
-
-// has reports whether a unit of the bucket's part has come.
-func (m *bitmap) has(bucket uint64) bool {
-	word, bit := bitOf(bucket)
-	return m[word].Load()&bit != 0
-}
-
-// set notes that a unit has come, and reports whether it is the first of its part.
-func (m *bitmap) set(bucket uint64) bool {
-	word, bit := bitOf(bucket)
-	return m[word].Or(bit)&bit == 0
 }
 
 // Limits of the rationales of one metric.

@@ -267,7 +267,7 @@ func (r *Rollout) retireLocked(l *ledger) {
 			continue
 		}
 		for c := range ring.outcomes {
-			r.pastCounts[i][c] += ring.slots.total(c, decided)
+			r.pastCounts[i][c] += ring.slots.total(c, decided) + ring.begun[c].Load()
 			for j, t := range ring.outcomes[c] {
 				t.AddTo(r.past[i][c][j])
 			}
@@ -282,7 +282,7 @@ func (r *Rollout) decidedLocked() [][2]uint64 {
 		for i := range l.snap.rings {
 			if ring := &l.snap.rings[i]; !ring.closed {
 				for c := range ring.outcomes {
-					counts[i][c] += ring.slots.total(c, decided)
+					counts[i][c] += ring.slots.total(c, decided) + ring.begun[c].Load()
 				}
 			}
 		}

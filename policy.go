@@ -1,6 +1,8 @@
 package rollout
 
 import (
+	"context"
+	"maps"
 	"slices"
 	"time"
 
@@ -71,6 +73,14 @@ type Policy struct {
 	FalsePromotion float64
 	// Rollback are the steps that undo what the candidate needed, run in this order on a rollback.
 	Rollback []RollbackStep
+	// Undo undoes what [Decision.Journal] has recorded, by kind: on a rollback each effect once at least, the newest first,
+	// after the steps of Rollback; where a ring is rolled back alone, the effects of its units. It has a minute and five
+	// attempts; an error, a panic and a time-out are failures, to be tried again. It must return when its context ends, and
+	// bear to be asked twice, and to be asked about an effect that was never made. Once the rollout has completed, what is
+	// journalled is dropped. Default: no effects.
+	Undo map[string]func(context.Context, Effect) error
+	// Sessions is what becomes of sessions under way on the candidate when it is rolled back.
+	Sessions SessionPolicy
 	// MayAdvance is asked before any share is raised, with the present time: change windows and freezes. A rollback is
 	// never asked. A panic, or no answer within a tick, is no. Default: always.
 	MayAdvance func(time.Time) bool
@@ -128,6 +138,10 @@ func (p Policy) withDefaults(name string) Policy {
 	p.Rollback = append([]RollbackStep(nil), p.Rollback...)
 	p.Metrics = append([]Metric(nil), p.Metrics...)
 	p.Without = append([]string(nil), p.Without...)
+	p.Undo = maps.Clone(p.Undo)
+	if p.Sessions.Grace == 0 {
+		p.Sessions.Grace = defaultGrace
+	}
 	if p.Salt == "" {
 		p.Salt = name
 	}

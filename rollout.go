@@ -64,27 +64,32 @@ type Options struct {
 // Rollout is one change on its way out to everybody. All of its methods may be called from any goroutine and from any
 // callback. Without [Rollout.Run] it answers, but nothing is judged and nothing moves.
 type Rollout struct {
-	name        string
-	policy      Policy // with its defaults
-	plan        *machine.Plan
-	gates       []Gate
-	metrics     []metricView
-	o           Options
-	store       Store // nil: none, its state is kept as it is
-	shared      bool
-	incarnation string           // of this Rollout: one life of one process
-	now         func() time.Time // the control path's clock; a rehearsal has one of its own
-	virtual     bool             // a rehearsal: time stands still while a callback runs
-	dither      func() uint32    // even chances for scores; nil: of the process
+	name    string
+	policy  Policy // with its defaults
+	plan    *machine.Plan
+	gates   []Gate
+	metrics []metricView
+	o       Options
+	replica string
+	store   Store // nil: none, its state is kept as it is
+	shared  bool
+	now     func() time.Time // the control path's clock; a rehearsal has one of its own
+	virtual bool             // a rehearsal: time stands still while a callback runs
+	dither  func() uint32    // even chances for scores; nil: of the process
 
-	snap    atomic.Pointer[snapshot] // what decisions see
-	slot    atomic.Uint32            // the present slot of time, from 1
-	guards  struct{ silence, split bool }
-	running atomic.Bool
-	alarm   atomic.Bool   // wake is because of what must never happen
-	calm    atomic.Bool   // which is known, whatever more comes of it
-	wake    chan struct{} // asks Run for a tick now
-	hint    chan struct{} // asks Run for a look at the Store
+	effects  Store     // of the journal: store, or one of its own
+	journal  effectLog // what this process has put there
+	sessions sessions
+
+	incarnation atomic.Pointer[string]   // of this Rollout: one life of one process
+	snap        atomic.Pointer[snapshot] // what decisions see
+	slot        atomic.Uint32            // the present slot of time, from 1
+	guards      struct{ silence, split bool }
+	running     atomic.Bool
+	alarm       atomic.Bool   // wake is because of what must never happen
+	calm        atomic.Bool   // which is known, whatever more comes of it
+	wake        chan struct{} // asks Run for a tick now
+	hint        chan struct{} // asks Run for a look at the Store
 
 	noUnit, late, unknown, invalid, matchPanics atomic.Uint64
 
@@ -98,13 +103,15 @@ type Rollout struct {
 	known       *machine.State // the newest stored state seen; never changed
 	standing    machine.Standing
 	latch       map[uint64]bool // generations that are rolled back here, whatever is stored
-	latchAny    bool            // so is the first one that will be loaded
-	intent      *intent         // a rollback that is not stored yet
-	stale       bool            // the lease is over
-	adopted     time.Time       // when another process\'s evaluation was last seen
-	ruled       bool            // this process\'s own policy was in force
-	moved       time.Time       // when an evaluation was last seen
-	storeErr    error           // of the last use of the Store
+	revoked     map[uint64]bool // of them, those whose rollback is stored, or could not be
+	leashes     map[leashKey]*leash
+	latchAny    bool      // so is the first one that will be loaded
+	intent      *intent   // a rollback that is not stored yet
+	stale       bool      // the lease is over
+	adopted     time.Time // when another process\'s evaluation was last seen
+	ruled       bool      // this process\'s own policy was in force
+	moved       time.Time // when an evaluation was last seen
+	storeErr    error     // of the last use of the Store
 	checks      map[string]judge.CheckResult
 	readings    map[string]*sourceReading // by metric measured elsewhere
 	causes      map[string]string         // why such metrics have nothing
@@ -125,6 +132,8 @@ type Rollout struct {
 	slotClock     slotClock
 	unknownLogged bool
 	rival         rival
+	lives         map[string]sign // of other processes with work under way
+	cleared       uint64          // the generation up to which the journal was cleared of what is settled
 }
 
 // New returns a rollout of the policy, or every problem of it. It starts nothing and does no I/O. o may be nil.
@@ -156,7 +165,11 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 		name: name, policy: p.withDefaults(name), o: opts,
 		store: opts.Store, shared: opts.Store != nil, now: time.Now,
 		wake: make(chan struct{}, 1), hint: make(chan struct{}, 1), queued: make(chan struct{}, 1),
-		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{},
+		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{}, revoked: map[uint64]bool{}, leashes: map[leashKey]*leash{},
+	}
+	r.sessions.origin, r.sessions.never = randomText(), make(chan struct{})
+	if r.effects = opts.Store; r.effects == nil {
+		r.effects = MemStore()
 	}
 	if r.o.Interval == 0 {
 		r.o.Interval = defaultInterval
@@ -165,7 +178,8 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	if replica == "" {
 		replica, _ = os.Hostname()
 	}
-	r.incarnation = strings.ToValidUTF8(replica, "") + "-" + randomText()
+	r.replica = strings.ToValidUTF8(replica, "")
+	r.reincarnate()
 	r.gates = r.policy.allGates()
 	all := r.policy.allMetrics(r.gates)
 	sourced, err := sourcedMetrics(all, opts.Sources)
@@ -194,6 +208,15 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	}
 	r.showLocked(r.fixedSnapshot(nil, pack(false, None, ReasonNotLoaded, len(plan.Rings)-1, 0)))
 	return r, nil
+}
+
+// me is this process's life in what it writes.
+func (r *Rollout) me() string { return *r.incarnation.Load() }
+
+// reincarnate begins another life: what it writes from now on is nobody's who was taken for dead.
+func (r *Rollout) reincarnate() {
+	name := r.replica + "-" + randomText()
+	r.incarnation.Store(&name)
 }
 
 // Must is [New] for package-level variables: it panics where New returns an error.
@@ -345,8 +368,13 @@ func (p *Policy) plan(gates []Gate, interval time.Duration, sourced map[string]b
 	for _, s := range p.Rollback {
 		plan.Steps = append(plan.Steps, s.Name)
 	}
+	plan.Salt, plan.Holdback = p.Salt, float64(p.Holdback)
 	plan.Assignment = digest(p.Salt, plan.Rings, p.Holdback)
-	plan.Policy = digest(plan.Assignment, plan.Stages, all, plan.OnDeadline, p.ProveFrom, p.FalseRollback, p.FalsePromotion, p.Independent, plan.Steps)
+	data := []any{plan.Assignment, plan.Stages, all, plan.OnDeadline, p.ProveFrom, p.FalseRollback, p.FalsePromotion, p.Independent, plan.Steps}
+	if plan.Undoes = len(p.Undo) > 0; plan.Undoes {
+		data = append(data, "undo")
+	}
+	plan.Policy = digest(data...)
 	return plan, nil
 }
 

@@ -120,7 +120,7 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 	r.startClock()
 	ticker := time.NewTicker(r.o.Interval)
 	defer ticker.Stop()
-	steps := make(chan struct{}, 1)
+	steps, clearing := make(chan struct{}, 1), make(chan struct{}, 1)
 	// A use of the Store that is under way when ctx ends is not cut short: it has a time-out of its own.
 	unhurried, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
@@ -140,10 +140,17 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 			default:
 			}
 		}
+		r.clearJournal(ctx, work, clearing)
+		grace := make(<-chan time.Time)
+		if next := r.tend(func(news []*Session) { work.Go(func() { r.tellHost(ctx, news) }) }); next > 0 {
+			grace = time.After(next)
+		}
 		evaluate = true
 		select {
 		case <-ctx.Done():
 		case <-ticker.C:
+		case <-grace:
+			evaluate = false
 		case <-r.wake:
 			r.clock.alarm = r.alarm.Swap(false)
 		case <-r.hint:
@@ -179,7 +186,7 @@ func (r *Rollout) stepsToRun() (run, idle bool) {
 	r.mu.Lock()
 	st := r.known
 	r.mu.Unlock()
-	name, ok := machine.NextStep(st)
+	next, ok := machine.NextStep(st)
 	if !ok {
 		r.rival = rival{}
 		return false, false
@@ -188,11 +195,35 @@ func (r *Rollout) stepsToRun() (run, idle bool) {
 		now.since = r.now()
 		r.rival = now
 	}
-	_, have := r.step(name)
-	if have && (st.Runner == "" || st.Runner == r.incarnation) {
+	have := r.canRun(next)
+	if have && (st.Runner == "" || st.Runner == r.me()) {
 		return true, false
 	}
 	return r.now().Sub(r.rival.since) >= r.stepsPatience(have), true
+}
+
+// clearJournal removes what is journalled of generations that are settled, once each.
+func (r *Rollout) clearJournal(ctx context.Context, work *sync.WaitGroup, busy chan struct{}) {
+	r.mu.Lock()
+	st := r.known
+	r.mu.Unlock()
+	if st == nil || !r.plan.Undoes || st.Settled <= r.cleared {
+		return
+	}
+	select {
+	case busy <- struct{}{}:
+	default:
+		return
+	}
+	r.cleared = st.Settled
+	work.Go(func() {
+		defer func() { <-busy }()
+		for attempt := 0; r.clear(ctx, st.Settled) != nil; attempt++ {
+			if !sleep(ctx, backoff(attempt)) {
+				return
+			}
+		}
+	})
 }
 
 // watch passes the Store's hints on to the loop.
@@ -225,12 +256,12 @@ func (r *Rollout) verb(ctx context.Context, v machine.Verb) error {
 		return errNil
 	}
 	r.mu.Lock()
-	v.Checks = r.checks
+	v.Checks, v.Units = r.checks, r.unitsLocked()
 	r.mu.Unlock()
 	_, err := r.update(ctx, func(st *machine.State, standing machine.Standing) ([]machine.Event, error) {
 		if standing != machine.Current {
 			switch v.Name {
-			case machine.VerbRollback, machine.VerbHold, machine.VerbRestart:
+			case machine.VerbRollback, machine.VerbHold, machine.VerbRestart, machine.VerbWaive:
 			default:
 				return nil, fmt.Errorf("%w: %q, not %q; or another policy of it is in force", ErrVersion, st.Version, r.plan.Version)
 			}
@@ -283,7 +314,11 @@ func (r *Rollout) Rollback(ctx context.Context, note string) error {
 	}
 	r.mu.Unlock()
 	r.latchHere(in)
-	return r.verb(ctx, machine.Verb{Name: machine.VerbRollback, Note: note})
+	err := r.verb(ctx, machine.Verb{Name: machine.VerbRollback, Note: note})
+	if err != nil {
+		r.revokeHere(in.gen)
+	}
+	return err
 }
 
 // RollbackRing gives one ring the stable version until the rollout is restarted; the others stay as they are. Rollback
@@ -298,9 +333,17 @@ func (r *Rollout) SetPercent(ctx context.Context, ring string, p Percent, note s
 	return r.verb(ctx, machine.Verb{Name: machine.VerbSetPercent, Ring: ring, Percent: float64(p), Note: note})
 }
 
+// Waive takes an operator's word for what a rollback cannot do by itself: a step, by its name; the undoing of an effect, by
+// its key as the step's error has it; of all effects of a kind, as "undo:KIND"; or "(undo)" for all that is still journalled. It
+// is not done, counts as done, and the rollback goes on, also where it is Stuck. It returns [ErrState] where there is no such
+// step.
+func (r *Rollout) Waive(ctx context.Context, step, note string) error {
+	return r.verb(ctx, machine.Verb{Name: machine.VerbWaive, Step: step, Note: note})
+}
+
 // Restart begins a new generation with this process's version, from the first stage and with nobody exposed. It is the
 // only way to expose a version again that was rolled back. It is refused with [ErrState] while a rollback is not
-// finished.
+// finished: try its steps again by [Rollout.Rollback], or do without one by [Rollout.Waive].
 func (r *Rollout) Restart(ctx context.Context, note string) error {
 	return r.verb(ctx, machine.Verb{Name: machine.VerbRestart, Note: note})
 }

@@ -26,7 +26,8 @@ type scope struct {
 	records bool                        // whoever made the scope records what comes of it
 	outer   *scope                      // what it already answered for the same unit stands; may be nil
 	base    *scope                      // answers and records whatever is not forced; may be nil
-	forced  []*snapshot                 // by a test, the newest first; also in every scope inside
+	forced  []*snapshot                 // by a test, the newest first; also in every scope inside; not nil within a session
+	session *Session                    // the innermost one that the scope is in; may be nil
 	pins    [4]atomic.Pointer[snapshot] // the snapshots the answers were given by, each in its slot, no gaps
 	more    struct {
 		sync.Mutex
@@ -69,10 +70,10 @@ func newScope(ctx context.Context, u Unit) *scope {
 	return s
 }
 
-// inherit takes over what a test forced in the scope around.
+// inherit takes over what a test forced in the scope around, and the session that it is in.
 func (s *scope) inherit(around *scope) {
 	if around != nil {
-		s.forced = around.forced
+		s.forced, s.session = around.forced, around.session
 	}
 }
 
@@ -198,6 +199,14 @@ func (s *scope) record(obs ...Observation) {
 		s.base.record(obs...)
 		return
 	}
+	for in := s.session; in != nil; in = in.around {
+		in.Decision().Record(obs...)
+	}
+	s.recordPins(obs...)
+}
+
+// recordPins records obs on every decision that was pinned in the scope.
+func (s *scope) recordPins(obs ...Observation) {
 	for i := range s.pins {
 		at := s.pins[i].Load()
 		if at == nil {
@@ -216,7 +225,11 @@ func (s *scope) record(obs ...Observation) {
 // recordOwn is record but for what an outer scope had answered first, and records itself.
 func (s *scope) recordOwn(obs ...Observation) {
 	if s.outer == nil {
-		s.record(obs...)
+		if s.base != nil {
+			s.base.record(obs...)
+		} else {
+			s.recordPins(obs...)
+		}
 		return
 	}
 	s.more.Lock()
@@ -253,7 +266,7 @@ func (r *Rollout) Decide(u Unit) Decision {
 		bucket := bucketOf(s.salt, xxhash.Sum64String(u.Key))
 		v := s.last
 		b := v.answer(bucket)
-		known := v.met.has(bucket) // this is count, which is too large to be inlined
+		known := v.units.known(b.side(), bucket) // this is count, which is too large to be inlined
 		v.slots.add(evidence.Shard(), b.side(), s.slot, decided, bucket)
 		if !known {
 			v.meet(b, bucket)

@@ -75,7 +75,10 @@ type ringView struct {
 	fixed  bits       // the answer while closed
 	open   [4]bits    // otherwise, but for the unit's group; see answer
 	slots  *slotTable // what was decided and answered, by slot of time
-	met    *bitmap    // the units that came in this generation
+	units  *units     // that came in this generation
+
+	begun *[2]atomic.Uint64 // sessions, by cohort
+	leash *leash            // revokes those on the candidate
 
 	name     string
 	match    func(Unit) bool
@@ -167,7 +170,7 @@ func (v *ringView) special() bits {
 
 // count counts an answer of cohort Control or Candidate, and the unit if it comes for the first time.
 func (v *ringView) count(b bits, bucket uint64, slot uint32) {
-	known := v.met.has(bucket) // looked up before the add, which a processor waits for
+	known := v.units.known(b.side(), bucket) // looked up before the add, which a processor waits for
 	v.slots.add(evidence.Shard(), b.side(), slot, decided, bucket)
 	if !known {
 		v.meet(b, bucket)
@@ -176,7 +179,7 @@ func (v *ringView) count(b bits, bucket uint64, slot uint32) {
 
 // meet counts a unit that may have come for the first time.
 func (v *ringView) meet(b bits, bucket uint64) {
-	if v.met.set(bucket) {
+	if v.units.add(b.side(), bucket) {
 		v.first[b.side()].Add(evidence.Shard(), b.group(), 0)
 	}
 }
@@ -219,6 +222,16 @@ func (r *Rollout) fixedSnapshot(st *machine.State, answer bits) *snapshot {
 		s.rings = append(s.rings, ringView{name: name, index: uint8(i), closed: true, fixed: answer})
 	}
 	s.last = &s.rings[len(s.rings)-1]
+	return s
+}
+
+// leashLocked gives each ring of a snapshot that the candidate is served by what revokes it.
+func (s *snapshot) leashLocked() *snapshot {
+	for i := range s.rings {
+		if v := &s.rings[i]; !v.closed || v.fixed&enabledBit != 0 {
+			v.leash = s.r.leashLocked(s.gen, v.name)
+		}
+	}
 	return s
 }
 
@@ -288,9 +301,10 @@ func (r *Rollout) open(v *ringView, share Percent, life *generation) {
 		in = pack(true, Candidate, ReasonFull, i, 0)
 		out, back, v.all = in, in, true
 	}
+	v.begun = &[2]atomic.Uint64{}
 	v.open = [4]bits{isHeld: back, isOut: out, isIn: in, isIn + isOut: in}
 	v.slots = &slotTable{}
-	v.met = &life.met[i]
+	v.units = &life.units[i]
 	v.marks = make([]*marks, len(r.metrics))
 	for c := range v.outcomes {
 		for j, m := range r.metrics {

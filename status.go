@@ -48,6 +48,8 @@ type Status struct {
 	Steps    []StepStatus `json:"steps,omitempty"` // of a rollback
 	Incident *Incident    `json:"incident,omitempty"`
 
+	Sessions SessionStatus `json:"sessions"`
+
 	NoUnit  uint64 `json:"noUnit"`  // decisions without a key, in this process
 	Late    uint64 `json:"late"`    // observations that came too late to count, in this process
 	Unknown uint64 `json:"unknown"` // observations of metrics the policy does not name, in this process
@@ -80,6 +82,15 @@ type RingStatus struct {
 	// Candidate and Control count the decisions of this process since it started.
 	Candidate uint64 `json:"candidate"`
 	Control   uint64 `json:"control"`
+	// Units are about how many different units they were for, in the present generation.
+	Units UnitCount `json:"units"`
+}
+
+// SessionStatus is how many sessions of this process are under way.
+type SessionStatus struct {
+	Candidate uint64 `json:"candidate"`
+	Control   uint64 `json:"control"` // on the stable version, compared or not
+	Revoked   uint64 `json:"revoked"` // of the candidate's, those that are told to end
 }
 
 // GateStatus is what one gate says.
@@ -119,12 +130,14 @@ type Interval struct {
 	Known bool    `json:"known"`
 }
 
-// StepStatus is one rollback step.
+// StepStatus is one rollback step. Those called "(undo)" and "(undo RING)" undo what is journalled.
 type StepStatus struct {
 	Name     string `json:"name"`
 	Attempts int    `json:"attempts"`
 	Done     bool   `json:"done"`
-	Err      string `json:"err,omitempty"` // of the last attempt
+	Waived   bool   `json:"waived,omitempty"`  // done by an operator's word alone
+	Effects  int    `json:"effects,omitempty"` // undone by attempts that have ended
+	Err      string `json:"err,omitempty"`     // of the last attempt
 }
 
 // Estimate is how a cohort fares, over all rings and since the evidence began or began anew. Nothing is decided on it.
@@ -165,13 +178,14 @@ func (r *Rollout) Status() Status {
 		NoUnit: r.noUnit.Load(), Late: r.late.Load(), Unknown: r.unknown.Load(), Invalid: r.invalid.Load(), Panics: r.matchPanics.Load(), Dropped: r.dropped,
 	}
 	latched := st != nil && r.latchedLocked(st)
-	decided := r.decidedLocked()
+	decided, units := r.decidedLocked(), r.unitsLocked()
 	r.mu.Unlock()
 	if err != nil {
 		s.Err = err.Error()
 	}
+	s.Sessions = r.sessions.status()
 	for i, name := range r.plan.Rings {
-		s.Rings = append(s.Rings, RingStatus{Name: name, Control: decided[i][0], Candidate: decided[i][1]})
+		s.Rings = append(s.Rings, RingStatus{Name: name, Control: decided[i][0], Candidate: decided[i][1], Units: UnitCount{Control: units[name][0], Candidate: units[name][1]}})
 	}
 	if st == nil {
 		return s
@@ -200,7 +214,7 @@ func (r *Rollout) Status() Status {
 		ring.RolledBack = ring.RolledBack || latched
 	}
 	for _, step := range st.Steps {
-		s.Steps = append(s.Steps, StepStatus(step))
+		s.Steps = append(s.Steps, StepStatus{step.Name, step.Attempts, step.Done, step.Waived, step.Effects, step.Err})
 		if step.Err != "" && !step.Done {
 			s.Note = step.Name + ": " + step.Err
 		}

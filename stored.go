@@ -21,6 +21,10 @@ const maxStray = 16
 
 // use makes one use of the Store, and gives up on it when ctx ends or it takes too long, even if the Store does not.
 func use[T any](ctx context.Context, r *Rollout, f func(context.Context) (T, error)) (T, error) {
+	return useFor(ctx, r, r.storeTimeout(), f)
+}
+
+func useFor[T any](ctx context.Context, r *Rollout, limit time.Duration, f func(context.Context) (T, error)) (T, error) {
 	var zero T
 	if err := ctx.Err(); err != nil {
 		return zero, err
@@ -28,7 +32,7 @@ func use[T any](ctx context.Context, r *Rollout, f func(context.Context) (T, err
 	if r.stray.Load() >= maxStray {
 		return zero, errors.New("the Store has not come back from earlier calls")
 	}
-	ctx, cancel := context.WithTimeout(ctx, r.storeTimeout())
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	r.stray.Add(1)
 	return guard(ctx, 0, func(ctx context.Context) (T, error) {
@@ -81,7 +85,7 @@ func (r *Rollout) load(ctx context.Context) (*machine.State, uint64, error) {
 // swap writes the state over revision old. An outcome that is unknown is looked up once: landed says whether this very
 // write is there. The caller must not change st any more.
 func (r *Rollout) swap(ctx context.Context, st *machine.State, old uint64) (landed bool, err error) {
-	st.Writer, st.Op = r.incarnation, strconv.FormatUint(r.op.Add(1), 36)
+	st.Writer, st.Op = r.me(), strconv.FormatUint(r.op.Add(1), 36)
 	if !r.shared {
 		was := r.decoded.Load()
 		switch {
@@ -129,7 +133,7 @@ type look struct {
 // anything else.
 func (r *Rollout) latest(ctx context.Context) (look, error) {
 	r.mu.Lock()
-	known, intent := r.known, r.intent
+	known, intent, units := r.known, r.intent, r.unitsLocked()
 	r.mu.Unlock()
 	stored, rev, err := r.load(ctx)
 	if ctx.Err() == nil || err == nil {
@@ -150,7 +154,7 @@ func (r *Rollout) latest(ctx context.Context) (look, error) {
 		l.st = stored.Clone()
 	}
 	if intent != nil && (intent.gen == 0 || intent.gen == l.st.Gen) {
-		more, err := machine.Apply(l.st, r.plan, machine.Verb{Name: machine.VerbRollback, Note: intent.note, Incident: intent.incident, Now: r.now()})
+		more, err := machine.Apply(l.st, r.plan, machine.Verb{Name: machine.VerbRollback, Note: intent.note, Incident: intent.incident, Units: units, Now: r.now()})
 		if err == nil && len(more) > 0 {
 			l.events = append(l.events, more...)
 			l.standing, l.dirty = machine.Stands(l.st, r.plan), true
@@ -247,7 +251,7 @@ func same(a, b *machine.State) bool {
 func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []machine.Event) {
 	r.mu.Lock()
 	if r.known == nil || !older(st, r.known) {
-		if st.Writer != r.incarnation && (r.known == nil || st.Round != r.known.Round) {
+		if st.Writer != r.me() && (r.known == nil || st.Round != r.known.Round) {
 			r.adopted = r.now()
 		}
 		if r.known == nil || r.known.Round != st.Round || r.known.Gen != st.Gen {
@@ -272,6 +276,8 @@ func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []
 		}
 		r.publishLocked()
 		r.markLocked(st)
+		r.revokeLocked()
+		r.journal.settle(st.Settled)
 	}
 	r.mu.Unlock()
 	for _, e := range events {
@@ -282,14 +288,20 @@ func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []
 // latchedLocked reports whether this process must not expose the candidate of the state, as it stands to it.
 func (r *Rollout) latchedLocked(st *machine.State) bool {
 	gen := st.Gen
-	if r.standing == machine.Done { // it serves an earlier generation's
-		for _, e := range st.Versions {
-			if e.Version == r.plan.Version {
-				gen = e.Gen
-			}
-		}
+	if r.standing == machine.Done {
+		gen = r.ownGenLocked(st)
 	}
 	return r.latch[gen] || r.latchAny
+}
+
+// ownGenLocked is the generation of this process's version, where it serves an earlier one's.
+func (r *Rollout) ownGenLocked(st *machine.State) uint64 {
+	for _, e := range st.Versions {
+		if e.Version == r.plan.Version {
+			return e.Gen
+		}
+	}
+	return st.Gen
 }
 
 // publishLocked swaps what decisions see, if it is no longer what the state asks for.
@@ -320,9 +332,13 @@ func (r *Rollout) publishLocked() {
 	}
 	r.view = view
 	if view.answer != 0 {
-		r.openLocked(r.fixedSnapshot(st, view.answer))
+		s := r.fixedSnapshot(st, view.answer)
+		if r.standing == machine.Done && view.answer&enabledBit != 0 {
+			s.gen, s.version = r.ownGenLocked(st), r.plan.Version
+		}
+		r.openLocked(s.leashLocked())
 	} else {
-		r.openLocked(r.newSnapshot(st))
+		r.openLocked(r.newSnapshot(st).leashLocked())
 	}
 }
 

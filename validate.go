@@ -308,6 +308,19 @@ func (v *validator) size() {
 
 func (v *validator) steps() {
 	seen := map[string]bool{}
+	for kind, f := range v.p.Undo {
+		if f == nil {
+			v.bad("Policy.Undo[%q]: nil", kind)
+		}
+		if kind == "" || len(kind) > machine.MaxKind || !utf8.ValidString(kind) {
+			v.bad("Policy.Undo: the kind %.200q must be valid UTF-8, not empty and at most %d bytes", kind, machine.MaxKind)
+		}
+	}
+	if s := v.p.Sessions; s.Grace < 0 {
+		v.bad("Policy.Sessions.Grace: %v is negative", s.Grace)
+	} else if s.OnRollback > AtOnce {
+		v.bad("Policy.Sessions.OnRollback: %v is none of FinishTurn, UntilEnd and AtOnce", s.OnRollback)
+	}
 	for i, s := range v.p.Rollback {
 		at := fmt.Sprintf("Policy.Rollback[%d]", i)
 		switch {
@@ -317,6 +330,8 @@ func (v *validator) steps() {
 			v.bad("%s.Name: %.200q must be valid UTF-8 and at most 128 bytes", at, s.Name)
 		case seen[s.Name]:
 			v.bad("%s.Name: %q is named twice", at, s.Name)
+		case machine.Reserved(s.Name):
+			v.bad("%s.Name: %q is what the undoing of effects is called", at, s.Name)
 		}
 		seen[s.Name] = true
 		if s.Do == nil {

@@ -633,6 +633,7 @@ func TestPolicyDefaults(t *testing.T) {
 	}
 	full.Salt, full.Deadline, full.OnDeadline, full.ProveFrom, full.FalseRollback, full.FalsePromotion = "checkout", 24*time.Hour, Hold, 50, 0.01, 0.05
 	full.Rollback = []RollbackStep{{Name: "restore", Timeout: time.Minute, Attempts: 5}}
+	full.Sessions.Grace = time.Minute
 	if got, want := fmt.Sprintf("%+v", short.withDefaults("checkout")), fmt.Sprintf("%+v", full); got != want {
 		t.Errorf("%s\nnot\n%s", got, want)
 	}

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"maps"
 	"slices"
 	"time"
 )
@@ -25,12 +26,21 @@ func (m *move) generation(nonce, note string) {
 		at = len(versions) - 1
 	}
 	versions[at] = VersionEntry{Version: p.Version, Gen: m.Gen + 1, Starts: versions[at].Starts}
+	cursors := m.Cursors
+	if len(cursors) > 0 {
+		cursors = maps.Clone(cursors)
+		for inc, c := range cursors {
+			c.Open = nil // of a generation that counts no more
+			cursors[inc] = c
+		}
+	}
 	*m.State = State{
 		Format: Format, Name: m.Name,
 		Gen: m.Gen + 1, Nonce: nonce, Ver: m.Ver + 1, Epoch: m.Epoch, Round: m.Round, Term: m.Term,
 		Version: p.Version, Versions: versions,
-		Policy: p.Policy, Assignment: p.Assignment, Undoes: p.Steps,
-		Notes: m.Notes, Cursors: m.Cursors,
+		Policy: p.Policy, Assignment: p.Assignment, Undoes: p.Steps, Salt: p.Salt, Holdback: p.Holdback,
+		Notes: m.Notes, Cursors: cursors, Retired: m.Retired,
+		Effects: p.Undoes || m.Effects && m.Settled < m.Gen, Settled: m.Settled, Steps: m.undoing(),
 	}
 	if seen { // a candidate that was judged before is judged again: its bound pays for both
 		m.Gates.Starts = versions[at].Starts
@@ -114,7 +124,7 @@ func (m *move) edited(nonce string) {
 	assignment := m.Assignment != m.p.Assignment
 	m.Policy, m.Assignment = m.p.Policy, m.p.Assignment
 	if !m.Phase.Latched() {
-		m.Undoes = m.p.Steps
+		m.Undoes, m.Effects = m.p.Steps, m.Effects || m.p.Undoes && m.Phase != Completed
 	}
 	switch {
 	case m.Phase == Completed || m.Phase.Latched() || m.Stage == (StageRef{}):

@@ -44,7 +44,7 @@ func TestEncodeTooLarge(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := New("x", p, "n")
 			Step(s, p, Input{Now: epoch0, MayAdvance: true})
-			s.Consume("one", 7)
+			s.Consume("one", 7, nil)
 			for _, f := range grow {
 				f(s)
 			}

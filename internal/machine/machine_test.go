@@ -39,6 +39,7 @@ func drawPlan(t *rapid.T, version string) *Plan {
 	if rapid.Bool().Draw(t, "steps") {
 		p.Steps = []string{"one", "two"}
 	}
+	p.Undoes = rapid.Bool().Draw(t, "undoes")
 	add := func(ring string, percent float64) {
 		st := Stage{
 			StageRef: StageRef{Name: ring + string(rune('0'+len(p.Stages))), Ring: ring, Percent: percent},
@@ -195,8 +196,9 @@ func (w *world) tick(t *rapid.T) {
 }
 
 func (w *world) verb(t *rapid.T) {
-	names := []string{VerbApprove, VerbAdvance, VerbHold, VerbResume, VerbRollback, VerbRollbackRing, VerbSetPercent, VerbRestart}
+	names := []string{VerbApprove, VerbAdvance, VerbHold, VerbResume, VerbRollback, VerbRollbackRing, VerbSetPercent, VerbRestart, VerbWaive}
 	v := Verb{
+		Step: rapid.SampledFrom([]string{"one", "two", UndoStep, undoRing + "staff)", undoKind + "k", EffectKey("x", 1, "a", 7), "elsewhere"}).Draw(t, "step"),
 		Name: rapid.SampledFrom(names).Draw(t, "verb"), Stage: w.s.Stage.Name, Note: "me", Nonce: "m", Now: epoch0,
 		Ring: rapid.SampledFrom(w.p.Rings).Draw(t, "ring"), Percent: rapid.SampledFrom([]float64{0, 1, 30, 100}).Draw(t, "percent"),
 	}
@@ -243,20 +245,25 @@ func (w *world) attempt(t *rapid.T) {
 	if i >= 0 && w.s.Term == w.before.Term && w.before.Runner != runner {
 		t.Fatal("another runner took over in the same term")
 	}
-	if mine := w.before.Runner == "" || w.before.Runner == runner || takeOver; (i >= 0) != (w.s.Phase == RollingBack && mine) {
+	if mine := w.before.Runner == "" || w.before.Runner == runner || takeOver; (i >= 0) != (w.before.next() >= 0 && mine) {
 		t.Fatalf("attempt %d while %v", i, w.s.Phase)
 	}
 	if i < 0 {
 		return
 	}
-	if i > 0 && !w.s.Steps[i-1].Done {
+	if i > 0 && w.s.Phase == RollingBack && !w.s.Steps[i-1].Done {
 		t.Fatal("a step began before the one before it was done")
+	}
+	if w.s.Phase != RollingBack && w.s.Steps[i].Ring == "" {
+		t.Fatalf("the step %q began while %v", w.s.Steps[i].Name, w.s.Phase)
 	}
 	if rapid.Bool().Draw(t, "crash") {
 		return
 	}
 	cause := rapid.SampledFrom([]string{"", "", "it failed"}).Draw(t, "cause")
-	EndAttempt(w.s, w.p, epoch0, i, cause, rapid.Bool().Draw(t, "give up"))
+	EndAttempt(w.s, w.p, epoch0, Attempt{
+		Name: w.s.Steps[i].Name, Cause: cause, GiveUp: rapid.Bool().Draw(t, "give up"), Effects: rapid.IntRange(0, 2).Draw(t, "effects"),
+	})
 }
 
 // check is the invariant after each action.
@@ -308,6 +315,20 @@ func (w *world) check(t *rapid.T) {
 	if s.Gen == b.Gen && len(s.Rings) < len(b.Rings) {
 		t.Fatal("a ring's rollback was forgotten")
 	}
+	for _, st := range b.undoing() { // what a ring's candidate did is undone, or all is, or an operator's word stands for it
+		if s.Phase.Latched() && s.Gen == b.Gen {
+			break
+		}
+		if i := slices.IndexFunc(s.Steps, func(now StepState) bool { return now.Name == st.Name && now.Gen == st.Gen }); i < 0 {
+			t.Fatalf("the step %q was forgotten", st.Name)
+		}
+	}
+	if s.Settled < b.Settled || s.Settled > s.Gen {
+		t.Fatalf("settled up to generation %d of %d, was %d", s.Settled, s.Gen, b.Settled)
+	}
+	if s.Settled == s.Gen && (s.Phase != RolledBack && s.Phase != Completed && !(s.Phase.Latched() && b.Settled == s.Gen)) {
+		t.Fatalf("settled, and it is %v", s.Phase)
+	}
 }
 
 // ends checks that every state can still reach RolledBack, and Completed given approvals, time and outcomes.
@@ -321,7 +342,7 @@ func (w *world) ends(t *rapid.T) {
 		if i < 0 || n > 10 {
 			t.Fatalf("the rollback does not end: %v", s.Phase)
 		}
-		EndAttempt(s, w.p, epoch0, i, "", false)
+		EndAttempt(s, w.p, epoch0, Attempt{Name: s.Steps[i].Name})
 	}
 	if _, err := Apply(s, w.p, Verb{Name: VerbRestart, Now: epoch0}); err != nil {
 		t.Fatal(err)

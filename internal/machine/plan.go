@@ -18,7 +18,10 @@ type Plan struct {
 	OnDeadline judge.Action // Hold or Rollback
 	Policy     string       // digest of the policy's data
 	Assignment string       // digest of what decides who is in
+	Salt       string       // of that
+	Holdback   float64      // percent
 	Steps      []string     // of the rollback, in order
+	Undoes     bool         // effects of the candidate may be journalled, and are undone
 	Judge      *judge.Judge
 	Tick       time.Duration // between two evaluations
 }

@@ -19,8 +19,9 @@ func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State,
 	m := move{State: s, p: p, now: now}
 	s.Gen, s.Ver = max(stored.Gen, known.Gen), max(stored.Ver, known.Ver)+1
 	s.Epoch, s.Round, s.Term = max(stored.Epoch, known.Epoch), max(stored.Round, known.Round), max(stored.Term, known.Term)
+	s.Effects, s.Settled = stored.Effects || known.Effects, max(stored.Settled, known.Settled)
 	s.Nonce = nonce
-	s.Cursors = nil
+	s.Cursors, s.Lost = nil, nil
 	if stored.Gen == known.Gen {
 		for _, ring := range slices.Concat(stored.Rings, known.Rings) {
 			if !slices.Contains(s.Rings, ring) {

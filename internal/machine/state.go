@@ -27,6 +27,7 @@ const (
 	MaxBytes    = 900 << 10
 
 	MaxRationales = 16 << 10 // bytes of an incident's rationales together
+	MaxWaives     = 256      // of one step
 )
 
 // Phase is where a rollout is. The zero value is Pending.
@@ -97,6 +98,9 @@ type State struct {
 	Policy     string `json:"policy"`     // digest of the policy's data
 	Assignment string `json:"assignment"` // digest of what decides who is in
 
+	Salt     string  `json:"salt,omitempty"` // of the assignment, for whoever asks later who was in
+	Holdback float64 `json:"holdback,omitempty"`
+
 	Elapsed  time.Duration  `json:"elapsed"`            // in this stage, time held apart; a lower bound
 	Quiet    time.Duration  `json:"quiet,omitempty"`    // since the last candidate outcome that was credited
 	Baked    time.Duration  `json:"baked"`              // in this stage, while candidate outcomes arrived
@@ -110,6 +114,8 @@ type State struct {
 	StepBack map[string]int `json:"stepBack,omitempty"` // how often the stage of that name was stepped back to
 
 	Cursors map[string]Cursor `json:"cursors,omitempty"` // evidence consumed, by incarnation
+	Retired map[string]Cursor `json:"retired,omitempty"` // of incarnations that were found dead, by the round in which
+	Lost    []Open            `json:"lost,omitempty"`    // work that died with them, until a block takes it as failures
 	Sources map[string]Totals `json:"sources,omitempty"` // evidence consumed of metrics measured elsewhere, by metric and ring
 
 	Pace map[string]Pace `json:"pace,omitempty"` // of outcomes lately, by metric
@@ -119,10 +125,13 @@ type State struct {
 	Acted    []string    `json:"acted,omitempty"`    // Checks whose present answer was acted on
 
 	Undoes []string    `json:"undoes,omitempty"` // names of the steps that a rollback of this generation needs
-	Steps  []StepState `json:"steps,omitempty"`  // of the rollback
+	Steps  []StepState `json:"steps,omitempty"`  // of the rollback, or the undoing of rings that were rolled back alone
 	Runner string      `json:"runner,omitempty"`
 	Term   uint64      `json:"term,omitempty"` // fences the runner of steps
 	Beat   uint64      `json:"beat,omitempty"` // of the runner, while it lives
+
+	Effects bool   `json:"effects,omitempty"` // effects may be journalled, of this generation or of one before it
+	Settled uint64 `json:"settled,omitempty"` // effects of generations up to this one are undone, or are to stay
 
 	Incident *Incident `json:"incident,omitempty"`
 	History  []Change  `json:"history,omitempty"` // of this generation's shares, newest last
@@ -134,8 +143,17 @@ type State struct {
 
 // Cursor is how far the evidence of one incarnation was consumed.
 type Cursor struct {
-	Seq   uint64 `json:"seq"`   // of its last cut
-	Round uint64 `json:"round"` // in which it last moved
+	Seq   uint64 `json:"seq"`            // of its last cut
+	Round uint64 `json:"round"`          // in which it last moved
+	Open  []Open `json:"open,omitempty"` // work it had begun and not ended
+}
+
+// Open is work of one ring that was begun and not ended, by cohort and group of units. Its slices never change.
+type Open struct {
+	Ring      string   `json:"ring"`
+	Gen       uint64   `json:"gen"`
+	Candidate []uint64 `json:"candidate,omitempty"`
+	Control   []uint64 `json:"control,omitempty"`
 }
 
 // Pace is how fast outcomes have come lately, for people: nothing is decided on it. What is older counts for less. The
@@ -190,18 +208,19 @@ type Totals struct {
 // keepCursors is how many rounds a cursor that does not move is kept.
 const keepCursors = 1000
 
-// Consume notes that the evidence of an incarnation was consumed up to cut seq.
-func (s *State) Consume(incarnation string, seq uint64) {
+// Consume notes that the evidence of an incarnation was consumed up to cut seq, and what work it has open then.
+func (s *State) Consume(incarnation string, seq uint64, open []Open) {
 	if s.Cursors == nil {
 		s.Cursors = map[string]Cursor{}
 	}
-	s.Cursors[incarnation] = Cursor{Seq: seq, Round: s.Round}
+	s.Cursors[incarnation] = Cursor{Seq: seq, Round: s.Round, Open: open}
 	maps.DeleteFunc(s.Cursors, func(_ string, c Cursor) bool { return s.Round > c.Round+keepCursors })
+	maps.DeleteFunc(s.Retired, func(_ string, c Cursor) bool { return s.Round > c.Round+keepCursors })
 }
 
 // Consumed reports whether cut seq of an incarnation was consumed.
 func (s *State) Consumed(incarnation string, seq uint64) bool {
-	return s.Cursors[incarnation].Seq >= seq
+	return max(s.Cursors[incarnation].Seq, s.Retired[incarnation].Seq) >= seq
 }
 
 // VersionEntry is one version the rollout has had.
@@ -243,14 +262,24 @@ type StepState struct {
 	Name     string `json:"name"`
 	Attempts int    `json:"attempts,omitempty"`
 	Done     bool   `json:"done,omitempty"`
-	Err      string `json:"err,omitempty"` // of the last attempt
+	Waived   bool   `json:"waived,omitempty"` // done by an operator's word alone
+	Err      string `json:"err,omitempty"`    // of the last attempt
+
+	// Undo: the step is to undo what is journalled, of all generations that are not settled up to this one: of one ring, or
+	// of all.
+	Undo    bool     `json:"undo,omitempty"`
+	Ring    string   `json:"ring,omitempty"`
+	Gen     uint64   `json:"gen,omitempty"`
+	Waives  []string `json:"waives,omitempty"`  // effects, or kinds of effects, that an operator has waived
+	Effects int      `json:"effects,omitempty"` // undone in it, as far as was counted
 }
 
 // Change is one change of shares.
 type Change struct {
 	Epoch  uint64             `json:"epoch"`
-	At     time.Time          `json:"at"`
+	At     time.Time          `json:"at"` // never before that of the change before it
 	Shares map[string]float64 `json:"shares"`
+	All    bool               `json:"all,omitempty"` // also units that are held back: Completed
 }
 
 // Note is what an operator did, and why.
@@ -276,6 +305,9 @@ type Incident struct {
 	NeedE     float64        `json:"needE,omitempty"`
 
 	Rationales []string `json:"rationales,omitempty"` // of the candidate's observations of Metric
+
+	// Units are how many came, by ring, of the control and of the candidate: an estimate of the process that found it.
+	Units map[string][2]uint64 `json:"units,omitempty"`
 }
 
 // Clone is a deep copy.
@@ -285,7 +317,7 @@ func (s *State) Clone() *State {
 	c.Shares, c.Set, c.Reach = maps.Clone(s.Shares), maps.Clone(s.Set), maps.Clone(s.Reach)
 	c.Rings = slices.Clone(s.Rings)
 	c.StepBack = maps.Clone(s.StepBack)
-	c.Cursors = maps.Clone(s.Cursors)
+	c.Cursors, c.Retired, c.Lost = maps.Clone(s.Cursors), maps.Clone(s.Retired), slices.Clone(s.Lost)
 	c.Pace = maps.Clone(s.Pace)
 	c.Sources = maps.Clone(s.Sources) // the values inside never change
 	c.Gates = s.Gates.Clone()
@@ -299,7 +331,7 @@ func (s *State) Clone() *State {
 	}
 	if s.Incident != nil {
 		i := *s.Incident
-		i.Rationales = slices.Clone(i.Rationales)
+		i.Rationales, i.Units = slices.Clone(i.Rationales), maps.Clone(i.Units)
 		c.Incident = &i
 	}
 	return &c
@@ -315,7 +347,7 @@ func (s *State) Encode() ([]byte, error) {
 		}
 		switch {
 		case len(c.History) > 1:
-			c.History = c.History[len(c.History)/2:]
+			c.History = forget(c.History, len(c.History)/2)
 		case len(c.Notes) > 0:
 			c.Notes = nil
 		case c.Gates.Gates != nil || c.Gates.Memory != nil || c.Sources != nil: // all that was learnt: a part of it would not be what it says
@@ -378,6 +410,8 @@ func (s *State) check(name string) error {
 		return errors.New("it has had no version")
 	case s.Elapsed < 0 || s.Baked < 0 || s.Quiet < 0:
 		return errors.New("a duration is negative")
+	case !(s.Holdback >= 0 && s.Holdback < 100):
+		return fmt.Errorf("holdback is %v", s.Holdback)
 	case s.Climb < 0 || s.Climb > MaxClimb:
 		return fmt.Errorf("climb is %d", s.Climb)
 	case s.Phase == Held && s.Hold == nil:
@@ -390,6 +424,19 @@ func (s *State) check(name string) error {
 			if !(p >= 0 && p <= 100) {
 				return fmt.Errorf("the share of %q is %v", ring, p)
 			}
+		}
+	}
+	for _, st := range s.Steps {
+		if st.Attempts < 0 || st.Effects < 0 || len(st.Waives) > MaxWaives {
+			return fmt.Errorf("the journal of the step %q cannot be", st.Name)
+		}
+	}
+	if err := checkOpen(s.Lost); err != nil {
+		return err
+	}
+	for _, c := range s.Cursors {
+		if err := checkOpen(c.Open); err != nil {
+			return err
 		}
 	}
 	return s.Gates.Check()

@@ -33,6 +33,8 @@ const (
 	PolicyEdited                   // the same version came with another policy
 	VersionAdopted                 // a completed rollout took up a new version
 	WentBack                       // the store was set back; what was known is joined with it
+	StepWaived                     // an operator's word stands for a rollback step
+	WorkLost                       // a process died with work that it had begun
 )
 
 // Event is one thing that happened in a step or by a verb.
@@ -66,16 +68,19 @@ type Input struct {
 	Outcomes   []string      // rings in which candidate outcomes of the present epoch arrived since the last step
 	Breaches   []Breach      // each given once
 	Checks     map[string]judge.CheckResult
-	Rationales map[string][]string // of the candidate's observations, by metric: for the incident of a broken gate
-	MayAdvance bool                // no share is raised otherwise
-	Sources    map[string]Totals   // where the sources' totals are once Blocks are consumed; nil: as before
+	Rationales map[string][]string  // of the candidate's observations, by metric: for the incident of a broken gate
+	MayAdvance bool                 // no share is raised otherwise
+	Sources    map[string]Totals    // where the sources' totals are once Blocks are consumed; nil: as before
+	Dead       []string             // incarnations that gave no sign of life for long
+	Units      map[string][2]uint64 // that came, by ring, of the control and of the candidate: for an incident
 }
 
 // New is the state of a rollout that nothing has happened to.
 func New(name string, p *Plan, nonce string) *State {
 	s := &State{Format: Format, Name: name, Gen: 1, Ver: 1, Epoch: 1, Nonce: nonce, Version: p.Version, Policy: p.Policy, Assignment: p.Assignment}
 	s.Versions = []VersionEntry{{Version: p.Version, Gen: 1}}
-	s.Undoes = p.Steps
+	s.Undoes, s.Effects = p.Steps, p.Undoes
+	s.Salt, s.Holdback = p.Salt, p.Holdback
 	s.Shares = p.shares(s)
 	return s
 }
@@ -83,7 +88,7 @@ func New(name string, p *Plan, nonce string) *State {
 // Step is one evaluation: it consumes the blocks, judges, and moves the state as far as the verdicts and the time allow,
 // a rollback before any promotion.
 func Step(s *State, p *Plan, in Input) []Event {
-	m := move{State: s, p: p, now: in.Now, rationales: in.Rationales}
+	m := move{State: s, p: p, now: in.Now, rationales: in.Rationales, units: in.Units}
 	s.Round++
 	if in.Sources != nil {
 		s.Sources = in.Sources
@@ -110,6 +115,7 @@ func Step(s *State, p *Plan, in Input) []Event {
 		return m.events
 	}
 	m.pace(min(max(in.Elapsed, 0), 13*p.Tick), in.Blocks)
+	m.bury(in.Dead)
 	m.consume(i, in)
 	results := p.Judge.Verdicts(&s.Gates, in.Checks)
 	m.forget(results)
@@ -135,7 +141,8 @@ type move struct {
 	now    time.Time
 	events []Event
 
-	rationales map[string][]string // Input's; verbs have none
+	rationales map[string][]string  // Input's; verbs have none
+	units      map[string][2]uint64 // Input's, or the verb's
 }
 
 func (m *move) event(e Event) {
@@ -164,9 +171,13 @@ func (m *move) reshare() {
 	m.Exposed = m.Exposed || maxShare(m.Shares) > 0
 	m.Epoch++
 	m.Ver++
-	m.History = append(m.History, Change{Epoch: m.Epoch, At: m.now, Shares: m.Shares})
+	at := m.now
+	if n := len(m.History); n > 0 && at.Before(m.History[n-1].At) {
+		at = m.History[n-1].At // another process's clock
+	}
+	m.History = append(m.History, Change{Epoch: m.Epoch, At: at, Shares: m.Shares, All: m.Phase == Completed})
 	if extra := len(m.History) - MaxHistory; extra > 0 {
-		m.History = slices.Delete(m.History, 0, extra)
+		m.History = forget(m.History, extra)
 	}
 }
 
@@ -227,7 +238,7 @@ func (m *move) consume(i int, in Input) {
 		if slices.Contains(m.Rings, b.Ring) {
 			continue
 		}
-		m.p.Judge.Consume(&m.Gates, b.Block, active, m.reached(b.Ring, st) && b.Epoch >= m.Entered && len(m.Set) == 0)
+		m.p.Judge.Consume(&m.Gates, m.mourn(b.Block), active, m.reached(b.Ring, st) && b.Epoch >= m.Entered && len(m.Set) == 0)
 	}
 	for _, b := range in.Breaches {
 		if !slices.Contains(m.Rings, b.Ring) {
@@ -338,7 +349,7 @@ func (m *move) anew() {
 }
 
 func (m *move) incident(r *judge.Result, note string) *Incident {
-	in := &Incident{Time: m.now, Gen: m.Gen, Version: m.Version, Stage: m.Stage.Name, Note: clip(note)}
+	in := &Incident{Time: m.now, Gen: m.Gen, Version: m.Version, Stage: m.Stage.Name, Note: clip(note), Units: m.units}
 	if r != nil {
 		in.Gate, in.Metric, in.E, in.NeedE = r.Spec.Name, r.Spec.Metric, r.E, r.NeedE
 		for _, all := range m.p.Judge.Assess(&m.Gates, nil) {
@@ -406,7 +417,7 @@ func (m *move) forget(results []judge.Result) {
 func (m *move) rollback(in *Incident) {
 	from := m.Phase
 	m.Incident = in
-	m.Steps, m.Set = nil, nil
+	m.Steps, m.Set, m.Lost = nil, nil, nil
 	m.Versions = slices.Clone(m.Versions)
 	for i := range m.Versions {
 		if m.Versions[i].Gen == m.Gen {
@@ -417,6 +428,9 @@ func (m *move) rollback(in *Incident) {
 		for _, name := range m.Undoes {
 			m.Steps = append(m.Steps, StepState{Name: name})
 		}
+	}
+	if m.Effects && (m.Exposed || m.Settled+1 < m.Gen) { // also what was done for a candidate that this one replaced
+		m.Steps = append(m.Steps, StepState{Name: UndoStep, Undo: true, Gen: m.Gen})
 	}
 	m.phase(RollingBack)
 	m.reshare()
@@ -429,8 +443,13 @@ func (m *move) finish() {
 	if slices.ContainsFunc(m.Steps, func(st StepState) bool { return !st.Done }) {
 		return
 	}
+	if m.Phase != RollingBack {
+		m.settle()
+		return
+	}
 	from := m.Phase
 	m.phase(RolledBack)
+	m.settle()
 	m.event(Event{Kind: RollbackDone, From: from, To: RolledBack, Incident: m.Incident})
 }
 
@@ -443,6 +462,10 @@ func (m *move) rollbackRing(ring string, in *Incident) {
 	if !slices.ContainsFunc(m.p.Rings, func(r string) bool { return !slices.Contains(m.Rings, r) }) {
 		m.rollback(in)
 		return
+	}
+	m.Lost = slices.DeleteFunc(m.Lost, func(o Open) bool { return o.Ring == ring })
+	if m.Effects {
+		m.Steps = append(m.Steps, StepState{Name: undoRing + ring + ")", Undo: true, Ring: ring, Gen: m.Gen})
 	}
 	m.reshare()
 	m.event(Event{Kind: RingRolledBack, Ring: ring, Gate: in.Gate, Note: in.Note, Incident: in})
@@ -565,6 +588,7 @@ func (m *move) complete(note string) {
 			m.Versions[i].Completed = true
 		}
 	}
+	m.settle()
 	m.event(Event{Kind: WasCompleted, Note: note, From: from, To: Completed})
 }
 

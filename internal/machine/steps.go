@@ -2,30 +2,45 @@ package machine
 
 import (
 	"slices"
+	"strings"
 	"time"
 )
 
-// NextStep is the name of the step that a rollback under way needs next.
-func NextStep(s *State) (name string, ok bool) {
-	if s == nil || s.Phase != RollingBack {
-		return "", false
-	}
-	for _, st := range s.Steps {
-		if !st.Done {
-			return st.Name, true
-		}
-	}
-	return "", false
+// The names of the steps that undo what is journalled: all of it, or that of one ring. No host's step has such a name.
+const (
+	UndoStep = "(undo)"
+	undoRing = "(undo " // and the ring, and a parenthesis
+	undoKind = "undo:"  // and the kind: of effects that an operator waives
+)
+
+// Reserved reports whether no step of a host may be called so.
+func Reserved(name string) bool {
+	return name == UndoStep || strings.HasPrefix(name, undoRing)
 }
 
-// BeginAttempt records that the next step of a rollback is about to be attempted by runner, and returns its index, or -1
-// if there is nothing to attempt. Only the runner of the present term may begin one, or who takes over from it: with a
-// higher term, so that what the one before still does can be told apart.
-func BeginAttempt(s *State, runner string, takeOver bool) int {
-	if s.Phase != RollingBack {
+// next is the index of the step to be made next, or -1: in a rollback the first that is not done, else that of a ring
+// which was rolled back alone.
+func (s *State) next() int {
+	if s == nil || s.Phase == Stuck || s.Phase == RolledBack {
 		return -1
 	}
-	i := slices.IndexFunc(s.Steps, func(st StepState) bool { return !st.Done })
+	return slices.IndexFunc(s.Steps, func(st StepState) bool { return !st.Done && (s.Phase == RollingBack || st.Ring != "") })
+}
+
+// NextStep is the step to be made next.
+func NextStep(s *State) (st StepState, ok bool) {
+	i := s.next()
+	if i < 0 {
+		return StepState{}, false
+	}
+	return s.Steps[i], true
+}
+
+// BeginAttempt records that the next step is about to be attempted by runner, and returns its index, or -1 if there is
+// nothing to attempt. Only the runner of the present term may begin one, or who takes over from it: with a higher term, so
+// that what the one before still does can be told apart.
+func BeginAttempt(s *State, runner string, takeOver bool) int {
+	i := s.next()
 	if i < 0 {
 		return -1
 	}
@@ -42,26 +57,108 @@ func BeginAttempt(s *State, runner string, takeOver bool) int {
 	return i
 }
 
-// EndAttempt records how the attempt at step i ended. giveUp: no attempt is left, the rollback is stuck.
-func EndAttempt(s *State, p *Plan, now time.Time, i int, cause string, giveUp bool) []Event {
+// Attempt is how an attempt at a step ended.
+type Attempt struct {
+	Name    string // of the step
+	Cause   string // why it failed; "": it is done
+	GiveUp  bool   // no attempt is left: the rollback is stuck. A ring's undoing never is
+	Effects int    // that it undid: some count as progress, and attempts begin anew
+}
+
+// EndAttempt records how an attempt ended. It changes nothing where the step is not there any more or needs no attempt.
+func EndAttempt(s *State, p *Plan, now time.Time, a Attempt) []Event {
 	m := move{State: s, p: p, now: now}
-	if s.Phase != RollingBack || i >= len(s.Steps) {
+	i := slices.IndexFunc(s.Steps, func(st StepState) bool { return st.Name == a.Name })
+	if i < 0 || i != s.next() {
 		return nil
 	}
 	s.Steps = slices.Clone(s.Steps)
 	st := &s.Steps[i]
-	st.Err = clip(cause)
-	if cause == "" {
+	st.Err = clip(a.Cause)
+	st.Effects += a.Effects
+	if a.Effects > 0 {
+		st.Attempts = 1
+	}
+	ring := st.Ring
+	if a.Cause == "" {
 		st.Done = true
-		m.event(Event{Kind: StepDone, Note: st.Name})
+		m.event(Event{Kind: StepDone, Ring: ring, Note: st.Name})
 		m.finish()
 		return m.events
 	}
 	s.Beat++
-	m.event(Event{Kind: StepFailed, Note: st.Name + ": " + st.Err})
-	if giveUp {
+	m.event(Event{Kind: StepFailed, Ring: ring, Note: st.Name + ": " + st.Err})
+	if a.GiveUp && ring == "" {
 		m.phase(Stuck)
 		m.event(Event{Kind: RollbackStuck, Note: st.Name + ": " + st.Err, From: RollingBack, To: Stuck, Incident: s.Incident})
 	}
 	return m.events
+}
+
+// undoing are the steps of rings that were rolled back alone and whose effects are not undone yet: they outlast their
+// generation.
+func (s *State) undoing() []StepState {
+	var steps []StepState
+	for _, st := range s.Steps {
+		if st.Ring != "" && !st.Done {
+			steps = append(steps, st)
+		}
+	}
+	return steps
+}
+
+// settle notes that no effect of this generation is to be undone any more: it was, or the candidate is here to stay.
+func (m *move) settle() {
+	if (m.Phase == RolledBack || m.Phase == Completed) && len(m.undoing()) == 0 {
+		m.Settled = m.Gen
+		m.Ver++
+	}
+}
+
+// waive takes an operator's word for a step, an effect or a kind of effects.
+func (m *move) waive(v Verb) error {
+	if v.Step == "" {
+		return m.refuse("name a step, an effect by its key, or a kind of effects as in undo:KIND")
+	}
+	c := slices.Clone(m.Steps)
+	i := slices.IndexFunc(c, func(st StepState) bool { return st.Name == v.Step })
+	if i >= 0 {
+		if c[i].Done {
+			return nil
+		}
+		c[i].Done, c[i].Waived = true, true
+	} else {
+		if i = slices.IndexFunc(c, func(st StepState) bool { return st.Undo && !st.Done }); i < 0 || !EffectName(m.Name, v.Step) {
+			return m.refuse("there is no step " + clip(v.Step) + " to be waived")
+		}
+		if slices.Contains(c[i].Waives, v.Step) && m.Phase != Stuck {
+			return nil
+		}
+		if len(c[i].Waives) >= MaxWaives {
+			return m.refuse("too many effects are waived; waive a kind, or " + UndoStep)
+		}
+		if !slices.Contains(c[i].Waives, v.Step) {
+			c[i].Waives = append(slices.Clone(c[i].Waives), v.Step)
+		}
+	}
+	m.Steps = c
+	from := m.Phase
+	m.again()
+	m.event(Event{Kind: StepWaived, Note: v.Step, From: from, To: m.Phase})
+	m.finish()
+	return nil
+}
+
+// again lets a rollback that is stuck try once more.
+func (m *move) again() {
+	if m.Phase != Stuck {
+		return
+	}
+	m.Steps = slices.Clone(m.Steps)
+	for i := range m.Steps {
+		if !m.Steps[i].Done {
+			m.Steps[i].Attempts = 0
+		}
+	}
+	m.phase(RollingBack)
 }

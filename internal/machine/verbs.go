@@ -21,12 +21,14 @@ type Verb struct {
 	Stage   string
 	Ring    string
 	Percent float64
+	Step    string // to be waived
 	Note    string
 	Nonce   string // for a new generation
 	Now     time.Time
 	Checks  map[string]judge.CheckResult
 	// Incident is why, for a rollback that a process's own evidence called for. Nil: the operator wanted it.
 	Incident *Incident
+	Units    map[string][2]uint64 // as in Input
 }
 
 // The names of the verbs.
@@ -39,13 +41,14 @@ const (
 	VerbRollbackRing = "rollback ring"
 	VerbSetPercent   = "set percent"
 	VerbRestart      = "restart"
+	VerbWaive        = "waive"
 )
 
 // Apply does what an operator asks for. Asking twice is as asking once: where there is nothing to do the state stays as
 // it was, to the bit. An error leaves it so as well.
 func Apply(s *State, p *Plan, v Verb) ([]Event, error) {
 	c := s.Clone()
-	m := move{State: c, p: p, now: v.Now}
+	m := move{State: c, p: p, now: v.Now, units: v.Units}
 	if err := m.apply(v); err != nil {
 		return nil, err
 	}
@@ -78,6 +81,8 @@ func (m *move) apply(v Verb) error {
 		return m.setPercent(v)
 	case VerbRestart:
 		return m.restart(v)
+	case VerbWaive:
+		return m.waive(v)
 	}
 	return fmt.Errorf("unknown verb %q", v.Name)
 }
@@ -183,12 +188,7 @@ func (m *move) rollbackVerb(v Verb) error {
 	case RollingBack, RolledBack:
 		return nil
 	case Stuck: // try again
-		for i := range m.Steps {
-			if !m.Steps[i].Done {
-				m.Steps[i].Attempts = 0
-			}
-		}
-		m.phase(RollingBack)
+		m.again()
 		m.event(Event{Kind: RollbackBegan, Note: v.Note, From: Stuck, To: RollingBack, Incident: m.Incident})
 		return nil
 	}
@@ -246,7 +246,7 @@ func (m *move) setPercent(v Verb) error {
 
 func (m *move) restart(v Verb) error {
 	if m.Phase == RollingBack || m.Phase == Stuck {
-		return m.refuse("a rollback is not finished")
+		return m.refuse("a rollback is not finished; Rollback tries its steps again, Waive does without one")
 	}
 	if m.Phase == Pending && m.Gen > 1 && m.Version == m.p.Version && m.Assignment == m.p.Assignment {
 		return nil // it has just begun, and nobody was exposed

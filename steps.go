@@ -1,0 +1,167 @@
+package rollout
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/stagedrollout/rollout/internal/machine"
+)
+
+// runSteps runs the steps of a rollback, and undoes what is journalled, until all is done, stuck, another process's to
+// run, or ctx ends. The attempt is stored before it is made. idle: they stand still, because whoever ran them gives no
+// sign of life, or because nobody has a step of the next one's name.
+func (r *Rollout) runSteps(ctx context.Context, idle bool) {
+	if !r.awaitSessions(ctx) {
+		return
+	}
+	for attempt := 0; ctx.Err() == nil; {
+		var st *machine.State
+		var step machine.StepState
+		begun := false
+		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+			begun = false
+			if next, ok := machine.NextStep(s); ok {
+				if r.canRun(next) || idle {
+					if i := machine.BeginAttempt(s, r.me(), idle); i >= 0 {
+						begun, step = true, s.Steps[i]
+					}
+				} else if s.Runner == r.me() {
+					s.Runner = "" // for a process that has it
+				}
+			}
+			st = s
+			return nil, nil
+		})
+		if err != nil {
+			if !sleep(ctx, backoff(attempt)) {
+				return
+			}
+			attempt++
+			continue
+		}
+		if !begun {
+			return
+		}
+		idle = false // the term is ours, or was lost
+		end := machine.Attempt{Name: step.Name}
+		end.Cause, end.Effects = r.attempt(ctx, st, step)
+		if ctx.Err() != nil && end.Cause != "" {
+			r.release(st)
+			return // stopped, not failed: whoever comes next starts it again
+		}
+		attempts := step.Attempts
+		if end.Effects > 0 {
+			attempts = 1 // it is another effect that failed
+		}
+		end.GiveUp = end.Cause != "" && attempts >= r.attempts(step)
+		if !r.endAttempt(ctx, st, end) {
+			attempt = 0
+			continue
+		}
+		if !sleep(ctx, backoff(attempts-1)) {
+			return
+		}
+	}
+}
+
+// release lets another process run the steps at once, instead of waiting for signs of life.
+func (r *Rollout) release(st *machine.State) {
+	ctx, cancel := context.WithTimeout(context.Background(), stepGrace)
+	defer cancel()
+	_, _ = r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+		if s.Term == st.Term {
+			s.Runner = ""
+		}
+		return nil, nil
+	})
+}
+
+// endAttempt stores how an attempt ended, however long the Store takes, and reports whether another one follows.
+func (r *Rollout) endAttempt(ctx context.Context, st *machine.State, end machine.Attempt) (again bool) {
+	for attempt := 0; ; attempt++ {
+		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+			if s.Term != st.Term {
+				return nil, nil
+			}
+			return machine.EndAttempt(s, r.plan, r.now(), end), nil
+		})
+		if err == nil {
+			return end.Cause != "" && !end.GiveUp
+		}
+		if !sleep(ctx, backoff(attempt)) {
+			return false
+		}
+	}
+}
+
+func (r *Rollout) step(name string) (RollbackStep, bool) {
+	for _, s := range r.policy.Rollback {
+		if s.Name == name {
+			return s, true
+		}
+	}
+	return RollbackStep{}, false
+}
+
+// canRun reports whether this process has what a step takes.
+func (r *Rollout) canRun(st machine.StepState) bool {
+	if st.Undo {
+		return len(r.policy.Undo) > 0
+	}
+	_, ok := r.step(st.Name)
+	return ok
+}
+
+// attempts are how often a step is tried.
+func (r *Rollout) attempts(st machine.StepState) int {
+	if st.Undo {
+		return undoAttempts
+	}
+	step, _ := r.step(st.Name)
+	return step.Attempts
+}
+
+// attempt makes one attempt at a step and returns why it failed, and how many effects were undone.
+func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.StepState) (cause string, effects int) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var beats sync.WaitGroup
+	beats.Go(func() { r.beat(ctx, cancel, st) })
+	defer beats.Wait()
+	defer cancel()
+	fence := fmt.Sprintf("%020d", st.Term)
+	if step.Undo {
+		return r.undo(ctx, st, step, fence)
+	}
+	do, ok := r.step(step.Name)
+	if !ok {
+		return "there is no step of this name in the policy", 0
+	}
+	in := *r.incidentOf(st, st.Incident)
+	in.Key, in.Fence = fmt.Sprintf("%s/%d/%s", r.name, st.Gen, step.Name), fence
+	ctx, timeout := context.WithTimeout(ctx, do.Timeout)
+	defer timeout()
+	_, err := guard(ctx, stepGrace, func(ctx context.Context) (struct{}, error) { return struct{}{}, do.Do(ctx, in) })
+	if err != nil {
+		return err.Error(), 0
+	}
+	return "", 0
+}
+
+// beat shows once a tick that the runner of the steps is alive, and ends the attempt where another one has taken over, or
+// where the step needs none any more.
+func (r *Rollout) beat(ctx context.Context, cancel func(), st *machine.State) {
+	was, _ := machine.NextStep(st)
+	for sleep(ctx, r.o.Interval) {
+		_, _ = r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+			now, ok := machine.NextStep(s)
+			if s.Term != st.Term || !ok || now.Name != was.Name || now.Gen != was.Gen {
+				cancel()
+				return nil, nil
+			}
+			s.Beat++
+			return nil, nil
+		})
+	}
+}
