@@ -2,6 +2,7 @@ package rollout
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -204,4 +205,61 @@ func BenchmarkHandler(b *testing.B) {
 	for b.Loop() {
 		h.ServeHTTP(w, req)
 	}
+}
+
+// BenchmarkJournal is one journalled effect: a write and a fresh read of the state. BenchmarkJournalFloor is the write alone.
+func BenchmarkJournal(b *testing.B) {
+	for _, c := range journalStores(b) {
+		b.Run(c.name, func(b *testing.B) {
+			p := Policy{
+				Stages: []Stage{{Percent: 50, GuardOnly: true}, {Percent: 100, GuardOnly: true}}, Bake: time.Hour, Holdback: 5,
+				Gates: []Gate{Errors.AtMost(50)},
+				Undo:  map[string]func(context.Context, Effect) error{"order": func(context.Context, Effect) error { return nil }},
+			}
+			r := Must("bench", p, &Options{Store: c.store, Logger: quiet})
+			if err := r.startForTest(b.Context()); err != nil {
+				b.Fatal(err)
+			}
+			var d Decision
+			for i := 0; !d.Enabled(); i++ {
+				d = r.Decide(Unit{Key: longIDs[i]})
+			}
+			payload := make([]byte, 100)
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := d.Journal(b.Context(), "order", payload); err != nil {
+					if !errors.Is(err, ErrJournalFull) {
+						b.Fatal(err)
+					}
+					r.journal.settle(1) // the limit is not what is measured
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkJournalFloor(b *testing.B) {
+	for _, c := range journalStores(b) {
+		b.Run(c.name, func(b *testing.B) {
+			doc := make([]byte, 250)
+			for i := 0; b.Loop(); i++ {
+				if _, ok, err := c.store.CompareAndSwap(b.Context(), fmt.Sprint("rollout/bench/undo/1/inc/", i), 0, doc); !ok || err != nil {
+					b.Fatal(ok, err)
+				}
+			}
+		})
+	}
+}
+
+type namedStore struct {
+	name  string
+	store Store
+}
+
+func journalStores(b *testing.B) []namedStore {
+	dir, err := DirStore(b.TempDir())
+	if err != nil {
+		b.Fatal(err)
+	}
+	return []namedStore{{"MemStore", MemStore()}, {"DirStore", dir}}
 }

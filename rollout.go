@@ -75,6 +75,7 @@ type Rollout struct {
 	shared  bool
 	now     func() time.Time // the control path's clock; a rehearsal has one of its own
 	virtual bool             // a rehearsal: time stands still while a callback runs
+	quiet   time.Duration    // the least time that a runner of steps may give no sign of life
 	dither  func() uint32    // even chances for scores; nil: of the process
 
 	effects  Store     // of the journal: store, or one of its own
@@ -164,7 +165,8 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	r := &Rollout{
 		name: name, policy: p.withDefaults(name), o: opts,
 		store: opts.Store, shared: opts.Store != nil, now: time.Now,
-		wake: make(chan struct{}, 1), hint: make(chan struct{}, 1), queued: make(chan struct{}, 1),
+		quiet: 15 * time.Second,
+		wake:  make(chan struct{}, 1), hint: make(chan struct{}, 1), queued: make(chan struct{}, 1),
 		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{}, revoked: map[uint64]bool{}, leashes: map[leashKey]*leash{},
 	}
 	r.sessions.origin, r.sessions.never = randomText(), make(chan struct{})

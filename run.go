@@ -175,7 +175,7 @@ type rival struct {
 // step of the next one's name says so.
 func (r *Rollout) stepsPatience(have bool) time.Duration {
 	if have {
-		return max(3*r.o.Interval, 15*time.Second)
+		return max(3*r.o.Interval, r.quiet)
 	}
 	return max(12*r.o.Interval, time.Minute)
 }

@@ -140,9 +140,9 @@ func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.S
 	}
 	in := *r.incidentOf(st, st.Incident)
 	in.Key, in.Fence = fmt.Sprintf("%s/%d/%s", r.name, st.Gen, step.Name), fence
-	ctx, timeout := context.WithTimeout(ctx, do.Timeout)
+	limited, timeout := context.WithTimeout(ctx, do.Timeout)
 	defer timeout()
-	_, err := guard(ctx, stepGrace, func(ctx context.Context) (struct{}, error) { return struct{}{}, do.Do(ctx, in) })
+	_, err := guard(limited, stepGrace, func(ctx context.Context) (struct{}, error) { return struct{}{}, do.Do(ctx, in) })
 	if err != nil {
 		return err.Error(), 0
 	}

@@ -1,0 +1,763 @@
+package rollout
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// talks is a policy whose first stage gives half of the units the candidate.
+func talks(sp SessionPolicy) Policy {
+	return Policy{
+		Rings:    []Ring{{Name: "staff"}},
+		Stages:   []Stage{{Percent: 50, GuardOnly: true}, {Percent: 100, GuardOnly: true}},
+		Bake:     time.Hour,
+		Holdback: 5,
+		Gates:    []Gate{Errors.AtMost(50)},
+		Sessions: sp,
+	}
+}
+
+// of is a unit that has the given cohort.
+func (p *process) of(c Cohort, groups ...string) Unit {
+	p.t.Helper()
+	for i := range 1000 {
+		u := Unit{Key: fmt.Sprint("unit ", i), Groups: groups}
+		if p.Peek(u).Cohort() == c {
+			return u
+		}
+	}
+	p.t.Fatalf("no unit is of cohort %v", c)
+	return Unit{}
+}
+
+// outcomesOf are the outcomes of Errors in a ring: good and bad, of the control and of the candidate.
+func outcomesOf(r *Rollout, ring string) (n [2][2]uint64) {
+	i := r.policy.ringIndex(ring)
+	for c := range n {
+		cells := r.outcomes(i, c, errorsIndex)
+		n[c] = [2]uint64{cells[0], cells[1]}
+	}
+	return n
+}
+
+// closed reports whether a channel is closed.
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// TestSessionKeepsItsVersion: promotions, a hold and a lowered share leave a session as it is, in its context and in
+// whatever is done within; its end is one outcome.
+func TestSessionKeepsItsVersion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t, "x", talks(SessionPolicy{}), Options{})
+		candidate, control := r.of(Candidate), r.of(Control)
+		ctx, s := r.Begin(t.Context(), candidate)
+		ctx2, s2 := r.Begin(t.Context(), control)
+		check := func(when string) {
+			t.Helper()
+			for _, c := range []struct {
+				ctx  context.Context
+				s    *Session
+				u    Unit
+				want bool
+			}{{ctx, s, candidate, true}, {ctx2, s2, control, false}} {
+				if c.s.Decision().Enabled() != c.want || r.Enabled(c.ctx) != c.want || closed(c.s.Revoked()) {
+					t.Errorf("%s: %v, in its context %v, revoked %v; want %v", when, c.s.Decision().Enabled(), r.Enabled(c.ctx), closed(c.s.Revoked()), c.want)
+				}
+				inside := NewContext(c.ctx, c.u)
+				other := NewContext(c.ctx, Unit{Key: "somebody else"})
+				if r.Enabled(inside) != c.want || r.Enabled(other) != r.Peek(Unit{Key: "somebody else"}).Enabled() {
+					t.Errorf("%s: in a request inside %v, for another unit %v", when, r.Enabled(inside), r.Enabled(other))
+				}
+				_ = r.Do(c.ctx, c.u, func(context.Context) error {
+					if !c.want {
+						t.Errorf("%s: Do inside ran the candidate", when)
+					}
+					return nil
+				}, func(context.Context) error {
+					if c.want {
+						t.Errorf("%s: Do inside ran stable", when)
+					}
+					return nil
+				})
+			}
+		}
+		check("begun")
+		must(t, r.Hold(t.Context(), "wait"))
+		must(t, r.SetPercent(t.Context(), Everyone, 0, "less"))
+		check("lowered")
+		must(t, r.Resume(t.Context(), "on"))
+		must(t, r.Advance(t.Context(), "everyone 50 %", "on"))
+		check("promoted")
+		s.End(nil)
+		s2.End(nil)
+		if ctx.Err() == nil || context.Cause(ctx) != context.Canceled {
+			t.Errorf("the context of a session that has ended: %v", context.Cause(ctx))
+		}
+	})
+}
+
+// TestSessionOutcomes: what counts as a failure, in which cohort, and that it counts once.
+func TestSessionOutcomes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		quality := NewScore("quality", 0, 1)
+		p := talks(SessionPolicy{})
+		p.Metrics = []Metric{quality}
+		r := start(t, "x", p, Options{IsFailure: func(err error) bool { return err.Error() != "fine" }})
+		boom := errors.New("boom")
+		want := [2][2]uint64{}
+		for _, c := range []Cohort{Control, Candidate} {
+			side := int(c - Control)
+			end := func(err error, failed bool, obs ...Observation) {
+				t.Helper()
+				_, s := r.Begin(t.Context(), r.of(c))
+				s.End(err, obs...)
+				s.End(boom)
+				want[side][bit(failed)]++
+				if got := outcomesOf(r.Rollout, Everyone); got != want {
+					t.Errorf("%v ended with %v: %v, not %v", c, err, got, want)
+				}
+			}
+			end(nil, false, quality.Observe(.5))
+			end(boom, true)
+			end(errors.New("fine"), false)
+			end(fmt.Errorf("stopped: %w", ErrRolledBack), false)
+			end(context.Canceled, true) // nobody cancelled
+			end(context.DeadlineExceeded, true)
+
+			ctx, cancel := context.WithCancel(t.Context())
+			sctx, s := r.Begin(ctx, r.of(c))
+			cancel()
+			s.End(sctx.Err())
+			want[side][0]++
+
+			// One that is never ended ends with its context.
+			ctx, cancel = context.WithTimeout(t.Context(), time.Second)
+			_, _ = r.Begin(ctx, r.of(c))
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			want[side][1]++
+			if got := outcomesOf(r.Rollout, Everyone); got != want {
+				t.Errorf("%v whose context ended: %v, not %v", c, got, want)
+			}
+			cancel()
+			if got := sum(r.outcomes(1, side, 2)); got != 1 {
+				t.Errorf("%v scores were counted", got)
+			}
+		}
+		if st := r.Status(); st.Sessions != (SessionStatus{}) || st.Rings[1].Candidate != 8 || st.Rings[1].Control != 8 {
+			t.Errorf("%+v, %+v", st.Sessions, st.Rings[1])
+		}
+	})
+}
+
+// TestSilentSessions: sessions that take an hour are not decisions that nothing came of.
+func TestSilentSessions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t, "x", talks(SessionPolicy{}), Options{})
+		for range 20 {
+			_, s := r.Begin(t.Context(), r.of(Control))
+			s.End(nil)
+		}
+		for i := range 400 {
+			if d := r.Peek(Unit{Key: fmt.Sprint(i)}); d.Enabled() {
+				_, _ = r.Begin(t.Context(), Unit{Key: fmt.Sprint(i)})
+			} else {
+				_, s := r.Begin(t.Context(), Unit{Key: fmt.Sprint(i)})
+				s.End(nil)
+			}
+			time.Sleep(time.Second)
+		}
+		synctest.Wait()
+		r.is(Running, "everyone 50 %")
+	})
+}
+
+// TestRevocation: how each policy revokes, and what becomes of the contexts.
+func TestRevocation(t *testing.T) {
+	for _, how := range []Revocation{FinishTurn, UntilEnd, AtOnce} {
+		t.Run(how.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := start(t, "x", talks(SessionPolicy{OnRollback: how, Grace: 10 * time.Second}), Options{})
+				cctx, c := r.Begin(t.Context(), r.of(Candidate))
+				sctx, s := r.Begin(t.Context(), r.of(Control))
+				must(t, r.Rollback(t.Context(), "stop"))
+				synctest.Wait()
+				if got, want := closed(c.Revoked()), how != UntilEnd; got != want {
+					t.Errorf("revoked: %v", got)
+				}
+				if got := cctx.Err() != nil; got != (how == AtOnce) {
+					t.Errorf("cut at once: %v", context.Cause(cctx))
+				}
+				if n := r.Status().Sessions; n.Candidate != 1 && how != AtOnce || n.Control != 1 || (n.Revoked == 1) != (how == FinishTurn) {
+					t.Errorf("%+v", n)
+				}
+				time.Sleep(9900 * time.Millisecond)
+				if got := cctx.Err() != nil; got != (how == AtOnce) {
+					t.Errorf("cut before the grace was over: %v", context.Cause(cctx))
+				}
+				time.Sleep(200 * time.Millisecond)
+				synctest.Wait()
+				if how == UntilEnd {
+					if cctx.Err() != nil {
+						t.Errorf("cut: %v", context.Cause(cctx))
+					}
+				} else if context.Cause(cctx) != ErrRolledBack {
+					t.Errorf("after the grace: %v", context.Cause(cctx))
+				}
+				if closed(s.Revoked()) || sctx.Err() != nil {
+					t.Error("a session on the stable version was revoked")
+				}
+				late, l := r.Begin(t.Context(), r.of(None))
+				if l.Decision().Enabled() || r.Enabled(late) || closed(l.Revoked()) {
+					t.Error("a new session is on the candidate")
+				}
+				c.End(nil)
+				s.End(nil)
+				l.End(nil)
+			})
+		})
+	}
+}
+
+// TestRevokedBy: everything that takes a candidate away revokes its sessions, and nothing else does.
+func TestRevokedBy(t *testing.T) {
+	type fixture struct {
+		*process
+		store Store
+	}
+	for name, c := range map[string]struct {
+		do   func(t *testing.T, f fixture)
+		want map[string]bool // by the unit's group
+	}{
+		"hold":       {func(t *testing.T, f fixture) { must(t, f.Hold(t.Context(), "")) }, nil},
+		"step back":  {func(t *testing.T, f fixture) { must(t, f.SetPercent(t.Context(), Everyone, 1, "")) }, nil},
+		"other ring": {func(t *testing.T, f fixture) { must(t, f.RollbackRing(t.Context(), "staff", "")) }, map[string]bool{"staff": true}},
+		"restart":    {func(t *testing.T, f fixture) { must(t, f.Restart(t.Context(), "")) }, map[string]bool{"staff": true, "": true}},
+		"rollback":   {func(t *testing.T, f fixture) { must(t, f.Rollback(t.Context(), "")) }, map[string]bool{"staff": true, "": true}},
+		"completion": {func(t *testing.T, f fixture) { f.completeAll(2) }, nil},
+		"a later rollback": {func(t *testing.T, f fixture) {
+			f.completeAll(2)
+			must(t, f.Rollback(t.Context(), ""))
+		}, map[string]bool{"staff": true, "": true}},
+		"new version": {func(t *testing.T, f fixture) {
+			p := talks(SessionPolicy{})
+			p.Version = "next"
+			start(t, "x", p, Options{Store: f.store})
+			minute()
+		}, map[string]bool{"staff": true, "": true}},
+		"new version after completion": {func(t *testing.T, f fixture) {
+			f.completeAll(2)
+			p := talks(SessionPolicy{})
+			p.Version = "next"
+			next := start(t, "x", p, Options{Store: f.store})
+			must(t, next.Restart(t.Context(), ""))
+			minute()
+		}, nil},
+		"another process's rollback": {func(t *testing.T, f fixture) {
+			must(t, start(t, "x", talks(SessionPolicy{}), Options{Store: f.store}).Rollback(t.Context(), ""))
+			synctest.Wait()
+		}, map[string]bool{"staff": true, "": true}},
+		"a rollback that is not stored": {func(t *testing.T, f fixture) {
+			f.store.(*faulty).set(down, down, nil)
+			if err := f.Rollback(t.Context(), ""); !errors.Is(err, ErrNotStored) {
+				t.Fatal(err)
+			}
+		}, map[string]bool{"staff": true, "": true}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &faulty{Store: MemStore()}
+				f := fixture{start(t, "x", talks(SessionPolicy{Grace: time.Hour}), Options{Store: store}), store}
+				sessions := map[string]*Session{}
+				for _, group := range []string{"staff", ""} {
+					_, sessions[group] = f.Begin(t.Context(), f.of(Candidate, group))
+				}
+				c.do(t, f)
+				for group, s := range sessions {
+					if got := closed(s.Revoked()); got != c.want[group] {
+						t.Errorf("%q is revoked: %v", group, got)
+					}
+					s.End(nil)
+				}
+				store.set(nil, nil, nil)
+			})
+		})
+	}
+}
+
+// completeAll advances through n stages.
+func (p *process) completeAll(n int) {
+	p.t.Helper()
+	for range n {
+		must(p.t, p.Advance(p.t.Context(), p.Status().Stage.Name, "enough"))
+	}
+	p.is(Completed, "")
+}
+
+// TestRevokedAfterStored: Revoked closes after the intent is stored, and before any rollback step.
+func TestRevokedAfterStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var s *Session
+		var rolling, early, late atomic.Bool
+		p := talks(SessionPolicy{})
+		p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error {
+			late.Store(!closed(s.Revoked()))
+			return nil
+		}}}
+		store := &faulty{Store: MemStore()}
+		r := start(t, "x", p, Options{Store: store})
+		_, s = r.Begin(t.Context(), r.of(Candidate))
+		store.set(nil, func(context.Context) error {
+			if closed(s.Revoked()) && !inStore(t, store.Store).Phase.Latched() {
+				early.Store(true)
+			}
+			if rolling.Load() && served(r.Rollout) {
+				t.Error("exposed while the intent is being stored")
+			}
+			return nil
+		}, nil)
+		r.latchHere(&intent{gen: 1, note: "stop"}) // as Rollback begins
+		rolling.Store(true)
+		must(t, r.Rollback(t.Context(), "stop"))
+		s.End(nil)
+		minute()
+		r.is(RolledBack, "")
+		if early.Load() || late.Load() {
+			t.Errorf("revoked before the intent was stored: %v; after a step: %v", early.Load(), late.Load())
+		}
+	})
+}
+
+// TestStepsAwaitSessions: no rollback step begins while a session on the candidate goes on, for as long as its grace.
+func TestStepsAwaitSessions(t *testing.T) {
+	for name, end := range map[string]bool{"ended": true, "cut": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var at time.Time
+				p := talks(SessionPolicy{Grace: 30 * time.Second})
+				p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error { at = time.Now(); return nil }}}
+				r := start(t, "x", p, Options{})
+				_, s := r.Begin(t.Context(), r.of(Candidate))
+				began := time.Now()
+				must(t, r.Rollback(t.Context(), "stop"))
+				want := 30 * time.Second
+				if end {
+					time.Sleep(12 * time.Second)
+					s.End(nil)
+					want = 12 * time.Second
+				}
+				minute()
+				r.is(RolledBack, "")
+				if took := at.Sub(began); took < want || took > want+3*time.Second {
+					t.Errorf("the step began after %v, want %v", took, want)
+				}
+				s.End(nil)
+			})
+		})
+	}
+}
+
+// TestTenThousandSessions: none begins a turn on the candidate after Revoked, Drain returns in time, and nothing is left.
+func TestTenThousandSessions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const n = 10_000
+		before := runtime.NumGoroutine()
+		p := talks(SessionPolicy{Grace: time.Second})
+		r := start(t, "x", p, Options{})
+		var rolledBack atomic.Bool
+		var turns, afterRevoked, obeyed, ignored atomic.Int64
+		var agents sync.WaitGroup
+		for i := range n {
+			ctx, s := r.Begin(t.Context(), Unit{Key: fmt.Sprint("conversation ", i)})
+			deaf := i%7 == 0 // never looks at Revoked, only at its context
+			agents.Go(func() {
+				for turn := 0; ; turn++ {
+					over := rolledBack.Load()
+					if !deaf && closed(s.Revoked()) {
+						obeyed.Add(1)
+						s.End(ErrRolledBack)
+						return
+					}
+					if over && s.Decision().Enabled() && !deaf {
+						afterRevoked.Add(1) // a turn on the candidate after Rollback had returned
+					}
+					turns.Add(1)
+					select {
+					case <-time.After(time.Duration(100+(i*37+turn*11)%700) * time.Millisecond):
+					case <-ctx.Done():
+						if context.Cause(ctx) != ErrRolledBack {
+							t.Errorf("cut by %v", context.Cause(ctx))
+						}
+						ignored.Add(1)
+						s.End(ctx.Err())
+						return
+					}
+					if !s.Decision().Enabled() && turn > 10 {
+						s.End(nil)
+						return
+					}
+				}
+			})
+		}
+		time.Sleep(3 * time.Second)
+		must(t, r.Rollback(t.Context(), "stop"))
+		rolledBack.Store(true)
+		began := time.Now()
+		cut, err := r.Drain(t.Context())
+		if took := time.Since(began); err != nil || took > 1100*time.Millisecond {
+			t.Errorf("Drain took %v: %v", took, err)
+		}
+		agents.Wait()
+		if afterRevoked.Load() != 0 {
+			t.Errorf("%d turns on the candidate began after Revoked", afterRevoked.Load())
+		}
+		if int64(len(cut)) != ignored.Load() || ignored.Load() == 0 || obeyed.Load() == 0 {
+			t.Errorf("Drain names %d, %d were cut, %d obeyed", len(cut), ignored.Load(), obeyed.Load())
+		}
+		if st := r.Status().Sessions; st != (SessionStatus{}) {
+			t.Errorf("left: %+v", st)
+		}
+		if got := outcomesOf(r.Rollout, Everyone); got[1][1] != 0 {
+			t.Errorf("being told to stop counted as %d failures", got[1][1])
+		}
+		r.stop()
+		synctest.Wait()
+		if after := runtime.NumGoroutine(); after > before {
+			t.Errorf("%d goroutines, %d before", after, before)
+		}
+	})
+}
+
+// TestDrain: with no rollback it waits, and cuts at the end of its context; with no Run it cuts by the grace itself.
+func TestDrain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := talks(SessionPolicy{Grace: 3 * time.Second})
+		r := start(t, "x", p, Options{})
+		if cut, err := r.Drain(t.Context()); cut != nil || err != nil {
+			t.Errorf("with no session: %v, %v", cut, err)
+		}
+		sctx, stable := r.Begin(t.Context(), r.of(Control))
+		cctx, s := r.Begin(t.Context(), r.of(Candidate))
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		began := time.Now()
+		cut, err := r.Drain(ctx)
+		if !errors.Is(err, context.DeadlineExceeded) || len(cut) != 1 || cut[0] != s.Pin() || time.Since(began) != 10*time.Second {
+			t.Errorf("after %v: %q, %v", time.Since(began), cut, err)
+		}
+		if context.Cause(cctx) != ErrDrained || sctx.Err() != nil {
+			t.Errorf("the candidate's context: %v, the stable one's: %v", context.Cause(cctx), context.Cause(sctx))
+		}
+		s.End(cctx.Err())
+		stable.End(nil)
+		if got := outcomesOf(r.Rollout, Everyone)[1]; got != [2]uint64{1, 0} {
+			t.Errorf("it counted as %v", got)
+		}
+
+		_, s = r.Begin(t.Context(), r.of(Candidate))
+		time.AfterFunc(20*time.Second, func() { s.End(nil) })
+		began = time.Now()
+		if cut, err := r.Drain(t.Context()); cut != nil || err != nil || time.Since(began) != 20*time.Second {
+			t.Errorf("it ends by itself: after %v, %v, %v", time.Since(began), cut, err)
+		}
+
+		r.stop() // no Run from here on
+		cctx, s = r.Begin(t.Context(), r.of(Candidate))
+		time.AfterFunc(2*time.Second, func() { must(t, r.Rollback(t.Context(), "stop")) })
+		began = time.Now()
+		cut, err = r.Drain(t.Context())
+		if err != nil || len(cut) != 1 || time.Since(began) != 5*time.Second || context.Cause(cctx) != ErrRolledBack {
+			t.Errorf("without Run: after %v, %q, %v, %v", time.Since(began), cut, err, context.Cause(cctx))
+		}
+		s.End(nil)
+		if _, err := (*Rollout)(nil).Drain(t.Context()); err == nil {
+			t.Error("a nil Rollout drains")
+		}
+	})
+}
+
+// TestOnRevoke: it is called once for each session, may reconfigure, end, panic and hang, and Drain and the steps wait for
+// none of it longer than the grace.
+func TestOnRevoke(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var told sync.Map
+		var r *process
+		release := make(chan struct{})
+		defer close(release)
+		p := talks(SessionPolicy{Grace: 20 * time.Second, OnRevoke: func(ctx context.Context, s *Session) {
+			_, again := told.LoadOrStore(s, true)
+			if again {
+				t.Error("a session was told twice")
+			}
+			if st := r.Status().State; !s.Decision().Enabled() || st != RollingBack && st != RolledBack {
+				t.Errorf("told of %v while %v", s.Decision().Enabled(), r.Status().State)
+			}
+			switch ctx.Value("what") {
+			case "reconfigure":
+				s.Reconfigured()
+			case "end":
+				s.End(nil)
+			case "panic":
+				panic("no")
+			case "hang":
+				<-release
+			}
+		}})
+		r = start(t, "x", p, Options{})
+		sessions := map[string]*Session{}
+		contexts := map[string]context.Context{}
+		for _, what := range []string{"reconfigure", "end", "panic", "hang", "nothing"} {
+			//lint:ignore SA1029 the test's own key
+			contexts[what], sessions[what] = r.Begin(context.WithValue(t.Context(), "what", what), r.of(Candidate))
+		}
+		must(t, r.Rollback(t.Context(), "stop"))
+		time.Sleep(time.Second)
+		synctest.Wait()
+		n := 0
+		told.Range(func(any, any) bool { n++; return true })
+		if n != 5 {
+			t.Errorf("told of %d sessions", n)
+		}
+		if s := sessions["reconfigure"]; s.Decision().Enabled() || r.Enabled(contexts["reconfigure"]) || s.Decision().Cohort() != None || s.Decision().Reason() != ReasonRolledBack {
+			t.Errorf("reconfigured: %v, %v, %v", s.Decision().Enabled(), s.Decision().Cohort(), s.Decision().Reason())
+		}
+		began := time.Now()
+		cut, err := r.Drain(t.Context())
+		if err != nil || len(cut) != 3 || time.Since(began) > 20*time.Second {
+			t.Errorf("%d cut after %v: %v", len(cut), time.Since(began), err)
+		}
+		time.Sleep(time.Minute)
+		for what, want := range map[string]error{"reconfigure": nil, "end": context.Canceled, "panic": ErrRolledBack, "hang": ErrRolledBack, "nothing": ErrRolledBack} {
+			if got := context.Cause(contexts[what]); got != want {
+				t.Errorf("%s: its context's cause is %v, not %v", what, got, want)
+			}
+		}
+		r.is(RolledBack, "")
+		sessions["reconfigure"].End(nil)
+	})
+}
+
+// TestAdopt: a pin takes a session up in another process, with its answer and its cohort, and never outlives its version.
+func TestAdopt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		p := talks(SessionPolicy{})
+		p.Version = "1"
+		a, b := start(t, "x", p, Options{Store: store}), start(t, "x", p, Options{Store: store})
+		adopt := func(r *process, pin string) (context.Context, *Session) {
+			t.Helper()
+			ctx, s, err := r.Adopt(NewContext(t.Context(), Unit{Key: "whoever"}), pin)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return ctx, s
+		}
+		pins := map[Cohort]string{}
+		for _, c := range []Cohort{Candidate, Control} {
+			actx, s := a.Begin(t.Context(), a.of(c))
+			if strings.Contains(s.Pin(), "unit") || strings.ContainsAny(s.Pin(), " \n") {
+				t.Errorf("the pin %q", s.Pin())
+			}
+			pin := s.Release()
+			if pin != s.Pin() || actx.Err() == nil {
+				t.Error("released")
+			}
+			for range 3 { // turn by turn
+				var ctx context.Context
+				ctx, s = adopt(b, pin)
+				if s.Decision().Cohort() != c || b.Enabled(ctx) != (c == Candidate) || s.Pin() != pin {
+					t.Errorf("%v became %v in %q", c, s.Decision().Cohort(), s.Pin())
+				}
+				pin = s.Release()
+			}
+			_, s = adopt(b, pin)
+			s.End(errors.New("boom"))
+			pins[c] = pin
+		}
+		if got := outcomesOf(a.Rollout, Everyone); got != [2][2]uint64{} {
+			t.Errorf("where they were released: %v", got)
+		}
+		if got := outcomesOf(b.Rollout, Everyone); got != [2][2]uint64{{0, 1}, {0, 1}} {
+			t.Errorf("where they ended: %v", got)
+		}
+		_, s := adopt(b, pins[Candidate])
+		must(t, a.Rollback(t.Context(), "stop"))
+		synctest.Wait()
+		if !closed(s.Revoked()) {
+			t.Error("adopted, and not revoked")
+		}
+		s.End(nil)
+		refused := func(r *process, pin string, want error) {
+			t.Helper()
+			if _, _, err := r.Adopt(t.Context(), pin); !errors.Is(err, want) {
+				t.Errorf("%v, not %v", err, want)
+			}
+		}
+		refused(a, pins[Candidate], ErrRolledBack)
+		_, s = adopt(a, pins[Control]) // what stable is has not changed
+		s.End(nil)
+		must(t, a.Restart(t.Context(), "again"))
+		minute()
+		refused(a, pins[Candidate], ErrRolledBack)
+		refused(a, pins[Control], ErrVersion)
+		_, s = a.Begin(t.Context(), a.of(Candidate))
+		p.Version = "2"
+		c := start(t, "x", p, Options{Store: store})
+		refused(c, s.Pin(), ErrVersion)
+		s.End(nil)
+		for _, text := range []string{"", "s1:", "d1:x", "s1:a.1:d1:x:1:1:-:0:0", "s1:.1" + strings.TrimPrefix(s.Pin(), "s1:"), s.Pin() + "x"} {
+			refused(a, text, errPin)
+		}
+		if _, _, err := (*Rollout)(nil).Adopt(t.Context(), s.Pin()); err == nil {
+			t.Error("a nil Rollout adopts")
+		}
+	})
+}
+
+// TestNilSession: a nil Rollout begins sessions on the stable version.
+func TestNilSession(t *testing.T) {
+	var r *Rollout
+	ctx, s := r.Begin(t.Context(), Unit{Key: "u"})
+	if s.Decision().Enabled() || r.Enabled(ctx) || closed(s.Revoked()) || s.Pin() != "" || s.Release() != "" {
+		t.Error("not off")
+	}
+	s.Reconfigured()
+	s.End(errors.New("boom"))
+	if ctx.Err() == nil {
+		t.Error("its context goes on")
+	}
+	_, s = r.Begin(t.Context(), Unit{})
+	s.End(nil)
+}
+
+// TestSessionForced: a test's forcing holds in sessions, and nothing counts.
+func TestSessionForced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t, "x", talks(SessionPolicy{}), Options{})
+		u := r.of(Control)
+		release := r.force(Candidate)
+		ctx, s := r.Begin(t.Context(), u)
+		if !s.Decision().Enabled() || !r.Enabled(ctx) {
+			t.Error("not forced")
+		}
+		s.End(nil)
+		release()
+		ctx, s = r.Begin(forceIn(t.Context(), r.Rollout, Candidate), u)
+		if !s.Decision().Enabled() || !r.Enabled(ctx) {
+			t.Error("not forced in the context")
+		}
+		s.End(nil)
+		if got := outcomesOf(r.Rollout, Everyone); got != [2][2]uint64{} {
+			t.Errorf("it counted: %v", got)
+		}
+	})
+}
+
+// TestDeadProcess: sessions of a process that dies count as failures in the cohort they began in, once; those of one that
+// ended well do not; and one that was only thought dead counts nothing twice.
+func TestDeadProcess(t *testing.T) {
+	for name, alive := range map[string]bool{"killed": false, "paused": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &faulty{Store: MemStore()}
+				p := talks(SessionPolicy{})
+				p.Gates = []Gate{Errors.Within(1), Errors.AtMost(50).OnFail(Report)}
+				a := start(t, "x", p, Options{Store: store})
+				well := start(t, "x", p, Options{Store: store.Store})
+				b := start(t, "x", p, Options{Store: store.Store})
+				count := b.count(WorkLost)
+				var open []*Session
+				begin := func(c Cohort, n int) {
+					for range n {
+						_, s := a.Begin(t.Context(), a.of(c))
+						open = append(open, s)
+					}
+				}
+				begin(Candidate, 7)
+				begin(Control, 3)
+				_, s := well.Begin(t.Context(), well.of(Candidate))
+				time.Sleep(6 * time.Second)
+				synctest.Wait()
+				well.stop()
+				_ = s
+				store.set(down, down, nil) // a is gone
+				time.Sleep(2 * time.Minute)
+				if count.Load() != 0 {
+					t.Fatal("lost too soon")
+				}
+				time.Sleep(3 * time.Minute)
+				synctest.Wait()
+				if count.Load() != 1 {
+					t.Fatalf("%d processes were found dead", count.Load())
+				}
+				tally := func() (n [4]uint64) {
+					est := inStore(t, store.Store)
+					for g, res := range b.plan.Judge.Assess(&est.Gates, nil) {
+						if g == 0 {
+							n = [4]uint64{res.Candidate.N, res.Candidate.Events, res.Control.N, res.Control.Events}
+						}
+					}
+					return n
+				}
+				b.serve(time.Minute, 0, 0)
+				lost := tally()
+				if lost[1] != 7 || lost[3] != 3 {
+					t.Fatalf("the gate has %v", lost)
+				}
+				if alive { // it comes back
+					store.set(nil, nil, nil)
+					minute()
+					for _, s := range open {
+						s.End(errors.New("boom"))
+					}
+					begin(Candidate, 2)
+					for _, s := range open[len(open)-2:] {
+						s.End(errors.New("boom"))
+					}
+					b.serve(2*time.Minute, 0, 0)
+					if now := tally(); now[1] != 9 || now[3] != 3 {
+						t.Errorf("the gate has %v", now)
+					}
+				}
+				store.set(nil, nil, nil)
+			})
+		})
+	}
+}
+
+func TestSessionAllocs(t *testing.T) {
+	r := running(t, "sessions")
+	ctx, u, ok := context.Background(), Unit{Key: "somebody"}, Errors.Observe(false)
+	if n := testing.AllocsPerRun(100, func() {
+		_, s := r.Begin(ctx, u)
+		s.Decision().Record(ok)
+		s.End(nil)
+	}); n > 3 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+func BenchmarkSession(b *testing.B) {
+	r := warm(b)
+	ctx, ok := context.Background(), Errors.Observe(false)
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		_, s := r.Begin(ctx, Unit{Key: longIDs[i%len(longIDs)]})
+		s.Decision().Record(ok)
+		s.End(nil)
+	}
+}
