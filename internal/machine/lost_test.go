@@ -1,0 +1,89 @@
+package machine
+
+import (
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/stagedrollout/rollout/internal/evidence"
+	"github.com/stagedrollout/rollout/internal/judge"
+)
+
+// TestForget: a history that was cut never says less than the whole one: at any time what is left has no smaller share.
+func TestForget(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var whole []Change
+		at := epoch0
+		for i := range rapid.IntRange(1, 12).Draw(t, "changes") {
+			at = at.Add(time.Duration(rapid.IntRange(0, 3).Draw(t, "hours")) * time.Hour)
+			whole = append(whole, Change{Epoch: uint64(i), At: at, All: rapid.Bool().Draw(t, "all"), Shares: map[string]float64{
+				"a": float64(rapid.IntRange(0, 3).Draw(t, "a")), "b": float64(rapid.IntRange(0, 3).Draw(t, "b")),
+			}})
+		}
+		n := rapid.IntRange(0, len(whole)-1).Draw(t, "n")
+		cut := forget(whole, n)
+		if len(cut) != len(whole)-n || cut[len(cut)-1].Epoch != whole[len(whole)-1].Epoch {
+			t.Fatalf("%d are left of %d less %d", len(cut), len(whole), n)
+		}
+		in := func(h []Change, at time.Time) (c Change) {
+			for _, next := range h {
+				if !next.At.After(at) {
+					c = next
+				}
+			}
+			return c
+		}
+		for h := range 40 {
+			at := epoch0.Add(time.Duration(h) * time.Hour)
+			a, b := in(whole, at), in(cut, at)
+			if b.Shares["a"] < a.Shares["a"] || b.Shares["b"] < a.Shares["b"] || a.All && !b.All {
+				t.Fatalf("at %d h: %+v became %+v", h, a, b)
+			}
+		}
+	})
+}
+
+// TestMourn: what died with a process is a failure of its cohort in the next block of its ring, by group, once.
+func TestMourn(t *testing.T) {
+	p := fixedPlan(t)
+	s := New("x", p, "n")
+	Step(s, p, Input{Now: epoch0, MayAdvance: true})
+	lost := func(group int, n uint64) []uint64 {
+		by := make([]uint64, evidence.Groups)
+		by[group] = n
+		return by
+	}
+	s.Consume("a", 3, []Open{{Ring: "staff", Gen: s.Gen, Candidate: lost(5, 4), Control: lost(6, 1)}, {Ring: "everyone", Gen: s.Gen, Candidate: lost(7, 2)}})
+	s.Consume("b", 9, []Open{{Ring: "staff", Gen: s.Gen, Candidate: lost(5, 3)}, {Ring: "staff", Gen: s.Gen + 1, Candidate: lost(5, 100)}})
+	s.Consume("c", 1, nil)
+	events := Step(s, p, Input{Now: epoch0, Dead: []string{"a", "b", "nobody"}})
+	if len(events) != 2 || events[0].Kind != WorkLost {
+		t.Fatalf("%+v", events)
+	}
+	if _, there := s.Cursors["a"]; there || !s.Consumed("a", 3) || s.Consumed("a", 4) || len(s.Retired) != 2 || !s.Consumed("c", 1) {
+		t.Errorf("%+v, %+v", s.Cursors, s.Retired)
+	}
+	again := s.Clone()
+	Step(again, p, Input{Now: epoch0, Dead: []string{"a", "b"}})
+	if candidate, control := again.Lost[0].Count(); candidate != 7 || control != 1 {
+		t.Errorf("dead twice: %d, %d", candidate, control)
+	}
+	tally := func() judge.Estimate {
+		return p.Judge.Assess(&s.Gates, nil)[0].Candidate
+	}
+	Step(s, p, Input{Now: epoch0, Blocks: []Block{block(s, "staff", 50, 1, 50, 1)}})
+	if got := tally(); got.N != 57 || got.Events != 8 {
+		t.Errorf("staff's block: %+v", got)
+	}
+	Step(s, p, Input{Now: epoch0, Blocks: []Block{block(s, "staff", 50, 1, 50, 1)}})
+	if got := tally(); got.N != 107 || got.Events != 9 {
+		t.Errorf("the next one: %+v", got)
+	}
+	if len(s.Lost) != 1 || s.Lost[0].Ring != "everyone" {
+		t.Errorf("left: %+v", s.Lost)
+	}
+	if _, err := Apply(s, p, Verb{Name: VerbRollback, Now: epoch0}); err != nil || len(s.Lost) != 0 {
+		t.Errorf("%+v, %v", s.Lost, err)
+	}
+}

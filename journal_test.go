@@ -1,0 +1,597 @@
+package rollout
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/machine"
+)
+
+// ward is a rollout whose effects of the kinds "order" and "mail" are noted when they are undone.
+type ward struct {
+	*process
+	store *faulty
+	mu    sync.Mutex
+	log   []string
+	full  []Effect
+	fail  func(ctx context.Context, e Effect) error // may be nil
+}
+
+func (w *ward) policy() Policy {
+	p := talks(SessionPolicy{})
+	p.Undo = map[string]func(context.Context, Effect) error{}
+	for _, kind := range []string{"order", "mail"} {
+		p.Undo[kind] = func(ctx context.Context, e Effect) error {
+			w.mu.Lock()
+			w.log, w.full = append(w.log, string(e.Payload)), append(w.full, e)
+			fail := w.fail
+			w.mu.Unlock()
+			if fail != nil {
+				return fail(ctx, e)
+			}
+			return nil
+		}
+	}
+	return p
+}
+
+func warded(t *testing.T, edit func(*Policy)) *ward {
+	t.Helper()
+	w := &ward{store: &faulty{Store: MemStore()}}
+	p := w.policy()
+	if edit != nil {
+		edit(&p)
+	}
+	w.process = start(t, "x", p, Options{Store: w.store})
+	return w
+}
+
+func (w *ward) undone() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.log)
+}
+
+func (w *ward) failing(f func(context.Context, Effect) error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fail = f
+}
+
+// wants checks what was undone so far, in order.
+func (w *ward) wants(want ...string) {
+	w.t.Helper()
+	if got := w.undone(); !slices.Equal(got, want) {
+		w.t.Errorf("undone were %q, not %q", got, want)
+	}
+}
+
+// left are the effects in the store.
+func (w *ward) left() int {
+	w.t.Helper()
+	all, err := w.store.Store.List(context.Background(), machine.EffectPrefix("x"))
+	must(w.t, err)
+	return len(all)
+}
+
+func (w *ward) journal(d Decision, payload string) {
+	w.t.Helper()
+	kind := "order"
+	if strings.HasPrefix(payload, "mail") {
+		kind = "mail"
+	}
+	must(w.t, d.Journal(w.t.Context(), kind, []byte(payload)))
+}
+
+// TestUndo: what was journalled is undone after the steps, the newest first, by its kind, with what was said of it.
+func TestUndo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &ward{store: &faulty{Store: MemStore()}}
+		p := w.policy()
+		p.Version = "7"
+		p.Rollback = []RollbackStep{{Name: "first", Do: func(context.Context, Incident) error {
+			if len(w.undone()) > 0 {
+				t.Error("undone before the steps")
+			}
+			return nil
+		}}}
+		w.process = start(t, "x", p, Options{Store: w.store})
+		d := w.Decide(w.of(Candidate, "staff"))
+		for i := range 12 {
+			w.journal(d, fmt.Sprintf("%s %d", []string{"order", "mail"}[i%2], i))
+			time.Sleep(time.Duration(i%3) * time.Second) // some at one moment
+		}
+		at := time.Now()
+		must(t, w.Rollback(t.Context(), "stop"))
+		minute()
+		w.is(RolledBack, "")
+		w.wants("mail 11", "order 10", "mail 9", "order 8", "mail 7", "order 6", "mail 5", "order 4", "mail 3", "order 2", "mail 1", "order 0")
+		if w.left() != 0 {
+			t.Errorf("%d effects are left", w.left())
+		}
+		keys := map[string]bool{}
+		for i, e := range w.full {
+			keys[e.Key] = true
+			if e.Name != "x" || e.Version != "7" || e.Generation != 1 || e.Ring != "staff" || e.Fence == "" || at.Sub(e.Time) > 13*time.Second || e.Kind != string(e.Payload[:len(e.Kind)]) {
+				t.Errorf("%d: %+v", i, e)
+			}
+		}
+		if len(keys) != 12 {
+			t.Errorf("%d keys", len(keys))
+		}
+		if steps := w.Status().Steps; len(steps) != 2 || steps[1].Name != machine.UndoStep || steps[1].Effects != 12 || !steps[1].Done {
+			t.Errorf("%+v", steps)
+		}
+	})
+}
+
+// TestUndoNothing: what is no effect of a candidate is not recorded, and a rollback without effects ends.
+func TestUndoNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		w.journal(Decision{}, "order of nobody")
+		w.journal(w.Decide(w.of(Control)), "order of the control")
+		w.journal(w.Decide(Unit{}), "order of no unit")
+		release := w.force(Candidate)
+		w.journal(w.Decide(Unit{Key: "a"}), "order of a test")
+		release()
+		if w.left() != 0 {
+			t.Errorf("%d effects are stored", w.left())
+		}
+		must(t, w.Rollback(t.Context(), "stop"))
+		minute()
+		w.is(RolledBack, "")
+		w.wants()
+	})
+}
+
+// TestJournalRefuses: an effect that cannot be recorded is refused, and is not there afterwards.
+func TestJournalRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		d, inner := w.Decide(w.of(Candidate)), w.Decide(w.of(Candidate, "staff"))
+		refused := func(d Decision, kind string, size int, want error, text string) {
+			t.Helper()
+			err := d.Journal(t.Context(), kind, make([]byte, size))
+			if err == nil || want != nil && !errors.Is(err, want) || !strings.Contains(err.Error(), text) {
+				t.Errorf("%v: not %v, %q", err, want, text)
+			}
+		}
+		refused(d, "letter", 1, nil, `"letter"`)
+		refused(d, "order", MaxPayload+1, nil, fmt.Sprint(MaxPayload))
+		must(t, d.Journal(t.Context(), "order", make([]byte, MaxPayload)))
+		must(t, d.Journal(t.Context(), "order", nil))
+		if w.left() != 2 {
+			t.Errorf("%d effects", w.left())
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := d.Journal(ctx, "order", nil); !errors.Is(err, ErrNotStored) || !errors.Is(err, context.Canceled) {
+			t.Errorf("a context that has ended: %v", err)
+		}
+		w.store.set(nil, down, nil)
+		refused(d, "order", 1, ErrNotStored, "the store is down")
+		w.store.set(nil, nil, nil)
+		writes := 0
+		w.store.set(func(context.Context) error { // the read after the write
+			if writes > 0 {
+				return errDown
+			}
+			return nil
+		}, func(context.Context) error { writes++; return nil }, nil)
+		refused(d, "order", 1, ErrNotStored, "the store is down")
+		w.store.set(nil, nil, nil)
+
+		lost := false
+		w.store.set(nil, nil, func() error { // an answer that is lost: it is there
+			if lost {
+				return nil
+			}
+			lost = true
+			return errDown
+		})
+		must(t, d.Journal(t.Context(), "order", []byte("landed")))
+		w.store.set(nil, nil, nil)
+		if !lost || w.left() != 3 {
+			t.Errorf("%d effects, lost %v", w.left(), lost)
+		}
+
+		must(t, w.RollbackRing(t.Context(), "staff", ""))
+		refused(inner, "order", 1, ErrRolledBack, "staff")
+		must(t, d.Journal(t.Context(), "order", []byte("others go on")))
+		must(t, w.Rollback(t.Context(), ""))
+		refused(d, "order", 1, ErrRolledBack, "")
+		minute()
+		w.is(RolledBack, "")
+		must(t, w.Restart(t.Context(), ""))
+		minute()
+		refused(d, "order", 1, ErrRolledBack, "")
+		if w.left() != 0 {
+			t.Errorf("%d effects are left", w.left())
+		}
+	})
+}
+
+// TestJournalFull: at the limit an effect is refused, and there is room again once the others are undone.
+func TestJournalFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		d := w.Decide(w.of(Candidate))
+		w.journal(d, "order 1")
+		w.Rollout.journal.count = MaxEffects
+		if err := d.Journal(t.Context(), "order", nil); !errors.Is(err, ErrJournalFull) {
+			t.Errorf("%v", err)
+		}
+		w.Rollout.journal.count, w.Rollout.journal.bytes = 1, maxJournal-100
+		if err := d.Journal(t.Context(), "order", nil); !errors.Is(err, ErrJournalFull) {
+			t.Errorf("%v", err)
+		}
+		if w.left() != 1 {
+			t.Errorf("%d effects", w.left())
+		}
+		must(t, w.Rollback(t.Context(), ""))
+		minute()
+		must(t, w.Restart(t.Context(), ""))
+		minute()
+		w.journal(w.Decide(w.of(Candidate)), "order 2")
+	})
+}
+
+// TestJournalRacesRollback: wherever a rollback comes between the write of an effect and the read after it, the effect is
+// either refused or undone.
+func TestJournalRacesRollback(t *testing.T) {
+	for _, at := range []string{"before the write", "after the write", "after the read"} {
+		synctest.Test(t, func(t *testing.T) {
+			w := warded(t, nil)
+			other := lone(t, w.policy(), Options{Store: w.store.Store}) // in another process, which this one does not hear of
+			must(t, other.Ready(t.Context()))
+			d := w.Decide(w.of(Candidate))
+			back := func(when string) {
+				if when == at {
+					must(t, other.Rollback(context.Background(), "stop"))
+				}
+			}
+			once := sync.OnceFunc(func() { back("before the write") })
+			after := sync.OnceFunc(func() { back("after the write") })
+			w.store.set(nil, func(context.Context) error { once(); return nil }, func() error { after(); return nil })
+			err := d.Journal(t.Context(), "order", []byte("order"))
+			back("after the read")
+			w.store.set(nil, nil, nil)
+			minute()
+			w.is(RolledBack, "")
+			if err == nil {
+				w.wants("order")
+			} else if !errors.Is(err, ErrRolledBack) {
+				t.Errorf("%s: %v", at, err)
+			}
+			if (err == nil) != (at == "after the read") || w.left() != 0 {
+				t.Errorf("%s: %v, %d effects are left", at, err, w.left())
+			}
+		})
+	}
+}
+
+// TestJournalDropped: a completed rollout keeps its effects, and a later rollback undoes none of them.
+func TestJournalDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		d := w.Decide(w.of(Candidate))
+		w.journal(d, "order 1")
+		w.completeAll(2)
+		minute()
+		if w.left() != 0 {
+			t.Errorf("%d effects are left", w.left())
+		}
+		w.journal(d, "order 2") // here to stay
+		must(t, w.Rollback(t.Context(), "after all"))
+		minute()
+		w.is(RolledBack, "")
+		must(t, w.Restart(t.Context(), ""))
+		minute()
+		w.journal(w.Decide(w.of(Candidate)), "order 3")
+		must(t, w.Rollback(t.Context(), "again"))
+		minute()
+		w.wants("order 3")
+		if w.left() != 0 {
+			t.Errorf("%d effects are left", w.left())
+		}
+	})
+}
+
+// TestUndoOfReplaced: a version that replaces another one before it was completed takes its effects over: a rollback
+// gives everybody the stable version, so they are undone as well; a completion keeps them.
+func TestUndoOfReplaced(t *testing.T) {
+	for _, rolledBack := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			w := &ward{store: &faulty{Store: MemStore()}}
+			p := w.policy()
+			p.Version = "1"
+			one := start(t, "x", p, Options{Store: w.store})
+			w.process = one
+			w.journal(one.Decide(one.of(Candidate)), "order 1")
+			p.Version = "2"
+			w.process = start(t, "x", p, Options{Store: w.store})
+			minute()
+			one.stop()
+			w.journal(w.Decide(w.of(Candidate)), "order 2")
+			if !rolledBack {
+				w.completeAll(2)
+				minute()
+				w.wants()
+			} else {
+				must(t, w.Rollback(t.Context(), ""))
+				minute()
+				w.is(RolledBack, "")
+				w.wants("order 2", "order 1")
+			}
+			if w.left() != 0 {
+				t.Errorf("%d effects are left", w.left())
+			}
+		})
+	}
+}
+
+// TestUndoOfRing: a ring that is rolled back alone has its own effects undone while the others go on, in the next life as
+// well, and what fails is tried again without holding the others up.
+func TestUndoOfRing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		staff, other := w.Decide(w.of(Candidate, "staff")), w.Decide(w.of(Candidate))
+		for i := range 3 {
+			w.journal(staff, fmt.Sprint("order staff ", i))
+			w.journal(other, fmt.Sprint("order other ", i))
+		}
+		var broken atomic.Bool
+		broken.Store(true)
+		w.failing(func(_ context.Context, e Effect) error {
+			if broken.Load() && string(e.Payload) == "order staff 1" {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		must(t, w.RollbackRing(t.Context(), "staff", ""))
+		time.Sleep(10 * time.Minute)
+		w.is(Running, "everyone 50 %")
+		st := w.Status()
+		if len(st.Steps) != 1 || st.Steps[0].Name != "(undo staff)" || st.Steps[0].Done || !strings.Contains(st.Steps[0].Err, "not yet") {
+			t.Errorf("%+v", st.Steps)
+		}
+		must(t, w.Advance(t.Context(), st.Stage.Name, ""))
+		w.stop()
+		w.process = start(t, "x", w.policy(), Options{Store: w.store})
+		w.is(Running, "everyone 100 %")
+		broken.Store(false)
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		first := slices.Compact(w.undone())
+		if want := []string{"order staff 2", "order staff 1", "order staff 0"}; !slices.Equal(first, want) {
+			t.Errorf("undone were %q", first)
+		}
+		if w.left() != 3 {
+			t.Errorf("%d effects are left", w.left())
+		}
+		must(t, w.Rollback(t.Context(), ""))
+		minute()
+		w.is(RolledBack, "")
+		if all := w.undone(); !slices.Equal(all[len(all)-3:], []string{"order other 2", "order other 1", "order other 0"}) {
+			t.Errorf("undone were %q", all)
+		}
+	})
+}
+
+// TestUndoFails: an undo that errs, panics or hangs is tried again five times and holds up what is older; then the rollback
+// is Stuck until it is mended, or waived: the effect, its kind or all. Restart waits for that.
+func TestUndoFails(t *testing.T) {
+	for how, fail := range map[string]func(context.Context) error{
+		"errs":   func(context.Context) error { return errors.New("it is broken") },
+		"panics": func(context.Context) error { panic("it is broken") },
+		"hangs":  func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() },
+	} {
+		for _, mend := range []string{"mended", "waived", "its kind", "all"} {
+			t.Run(how+", "+mend, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					w := warded(t, nil)
+					var well atomic.Bool
+					var key atomic.Pointer[string]
+					w.failing(func(ctx context.Context, e Effect) error {
+						if well.Load() || e.Kind != "mail" {
+							return nil
+						}
+						key.Store(&e.Key)
+						return fail(ctx)
+					})
+					var lost atomic.Pointer[Event]
+					w.Subscribe(func(e Event) {
+						if e.Kind == RollbackStuck {
+							lost.Store(&e)
+						}
+					})
+					d := w.Decide(w.of(Candidate))
+					for _, payload := range []string{"order 1", "mail 2", "order 3"} {
+						w.journal(d, payload)
+					}
+					must(t, w.Rollback(t.Context(), "stop"))
+					time.Sleep(20 * time.Minute)
+					synctest.Wait()
+					w.is(Stuck, "")
+					w.wants("order 3", "mail 2", "mail 2", "mail 2", "mail 2", "mail 2")
+					note := w.Status().Note
+					if e := lost.Load(); e == nil || !strings.Contains(note, *key.Load()) || how != "hangs" && !strings.Contains(note, "it is broken") || how == "panics" && !strings.Contains(note, "journal_test.go") {
+						t.Errorf("the note is %q, the event %v", note, e)
+					}
+					if served(w.Rollout) {
+						t.Error("exposed while Stuck")
+					}
+					if err := w.Restart(t.Context(), ""); !errors.Is(err, ErrState) {
+						t.Errorf("Restart while Stuck: %v", err)
+					}
+					if err := w.Waive(t.Context(), "no such step", ""); !errors.Is(err, ErrState) {
+						t.Errorf("Waive of nothing: %v", err)
+					}
+					w.mu.Lock()
+					w.log = nil
+					w.mu.Unlock()
+					want := []string{"order 1"}
+					switch mend {
+					case "mended":
+						well.Store(true)
+						must(t, w.Rollback(t.Context(), "again"))
+						want = []string{"mail 2", "order 1"}
+					case "waived":
+						must(t, w.Waive(t.Context(), *key.Load(), "mended by hand"))
+						must(t, w.Waive(t.Context(), *key.Load(), "mended by hand"))
+					case "its kind":
+						must(t, w.Waive(t.Context(), "undo:mail", "mails stay"))
+					case "all":
+						must(t, w.Waive(t.Context(), machine.UndoStep, "never mind"))
+						must(t, w.Waive(t.Context(), machine.UndoStep, "never mind"))
+						want = nil
+					}
+					minute()
+					w.is(RolledBack, "")
+					w.wants(want...)
+					must(t, w.Restart(t.Context(), ""))
+					minute()
+					if w.left() != 0 {
+						t.Errorf("%d effects are left", w.left())
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestWaiveStep: a step that keeps failing, or that nobody has any more, is waived by name, and the next one follows.
+func TestWaiveStep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log []string
+		p := talks(SessionPolicy{})
+		for _, name := range []string{"broken", "next"} {
+			p.Rollback = append(p.Rollback, RollbackStep{Name: name, Attempts: 2, Do: func(context.Context, Incident) error {
+				if log = append(log, name); name == "broken" {
+					return errors.New("no")
+				}
+				return nil
+			}})
+		}
+		r := start(t, "x", p, Options{})
+		waived := r.count(StepWaived)
+		if err := r.Waive(t.Context(), "broken", ""); !errors.Is(err, ErrState) {
+			t.Errorf("with no rollback: %v", err)
+		}
+		must(t, r.Rollback(t.Context(), ""))
+		minute()
+		r.is(Stuck, "")
+		if err := r.Waive(t.Context(), "", ""); !errors.Is(err, ErrState) {
+			t.Errorf("no name: %v", err)
+		}
+		must(t, r.Waive(t.Context(), "broken", "it was undone by hand"))
+		minute()
+		r.is(RolledBack, "")
+		if st := r.Status().Steps; fmt.Sprint(log) != "[broken broken next]" || !st[0].Waived || !st[0].Done || st[1].Waived || waived.Load() != 1 {
+			t.Errorf("run were %q; %+v", log, st)
+		}
+		must(t, r.Waive(t.Context(), "broken", "again"))
+		if waived.Load() != 1 {
+			t.Error("waived twice")
+		}
+	})
+}
+
+// TestUndoGarbage: an entry that cannot be read is loud, undone by nobody, and can be waived by its key.
+func TestUndoGarbage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		w.journal(w.Decide(w.of(Candidate)), "order 1")
+		for i, doc := range []string{`{"format":2}`, `]]`} {
+			key := machine.EffectKey("x", 1, "somebody", uint64(i))
+			if _, ok, err := w.store.CompareAndSwap(t.Context(), key, 0, []byte(doc)); !ok || err != nil {
+				t.Fatal(ok, err)
+			}
+		}
+		must(t, w.Rollback(t.Context(), ""))
+		time.Sleep(20 * time.Minute)
+		w.is(Stuck, "")
+		for range 2 {
+			key, _, _ := strings.Cut(strings.TrimPrefix(w.Status().Note, machine.UndoStep+": "), ": ")
+			must(t, w.Waive(t.Context(), key, "it is nothing"))
+			time.Sleep(20 * time.Minute)
+		}
+		synctest.Wait()
+		w.is(RolledBack, "")
+		w.wants("order 1")
+	})
+}
+
+// TestUndoInMemory: without a Store the journal is as good as the process.
+func TestUndoInMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &ward{}
+		w.process = start(t, "x", w.policy(), Options{})
+		w.journal(w.Decide(w.of(Candidate)), "order 1")
+		must(t, w.Rollback(t.Context(), ""))
+		minute()
+		w.is(RolledBack, "")
+		w.wants("order 1")
+	})
+}
+
+// TestUndoCallsAnything: steps, undos and what is told of sessions may call every method.
+func TestUndoCallsAnything(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &ward{store: &faulty{Store: MemStore()}}
+		var calls atomic.Int32
+		all := func(ctx context.Context, final bool) {
+			if calls.Add(1) > 50 {
+				return
+			}
+			r := w.Rollout
+			r.Status()
+			d := r.Decide(Unit{Key: "a"})
+			r.Peek(Unit{Key: "a"})
+			d.Record(Errors.Observe(true))
+			_ = d.Journal(ctx, "order", nil)
+			stage := r.Status().Stage.Name
+			for _, err := range []error{
+				r.Hold(ctx, ""), r.Resume(ctx, ""), r.Approve(ctx, stage, ""), r.Advance(ctx, stage, ""), r.Restart(ctx, ""),
+				r.SetPercent(ctx, Everyone, 1, ""), r.RollbackRing(ctx, "staff", ""), r.Waive(ctx, "nothing", ""), r.Rollback(ctx, "again"), r.Ready(ctx),
+			} {
+				_ = err
+			}
+			_, s := r.Begin(ctx, Unit{Key: "b"})
+			_, _, _ = r.Adopt(ctx, s.Pin())
+			s.Reconfigured()
+			s.End(nil)
+			if final {
+				short, cancel := context.WithTimeout(ctx, time.Second)
+				defer cancel()
+				_, _ = r.Drain(short)
+			}
+		}
+		p := w.policy()
+		p.Sessions = SessionPolicy{Grace: 10 * time.Second, OnRevoke: func(ctx context.Context, s *Session) { all(ctx, false); s.End(nil) }}
+		p.Rollback = []RollbackStep{{Name: "one", Do: func(ctx context.Context, _ Incident) error { all(ctx, true); return nil }}}
+		w.process = start(t, "x", p, Options{Store: w.store})
+		w.failing(func(ctx context.Context, _ Effect) error { all(ctx, true); return nil })
+		w.Subscribe(func(Event) { all(context.Background(), false) })
+		for range 3 {
+			_, _ = w.Begin(t.Context(), w.of(Candidate))
+		}
+		w.journal(w.Decide(w.of(Candidate)), "order 1")
+		must(t, w.Rollback(t.Context(), ""))
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		w.is(RolledBack, "")
+		if calls.Load() < 5 {
+			t.Errorf("%d calls", calls.Load())
+		}
+	})
+}
