@@ -75,11 +75,22 @@ reports to OpenTelemetry.
 
 [Rollout.Rollback], or a broken gate, gives everybody the stable version. Once Rollback has returned, no new decision in
 this process is Candidate, even if the [Store] failed; requests and jobs that were answered before keep their answer.
-Then Run runs the policy's rollback steps, in order and at least once each; one that keeps failing leaves the rollout
-Stuck, which is loud and can be tried again. The [Incident] says what happened, with its evidence.
+Then sessions on the candidate are told and, after a grace, cut; Run runs the policy's rollback steps, in order and at
+least once each; and what the candidate did to the world is undone, the newest first, as far as [Decision.Journal] was
+told before it was done. What keeps failing leaves the rollout Stuck, which is loud: [Rollout.Rollback] tries again,
+[Rollout.Waive] does without. A process that dies on the way is followed by another one. The [Incident] says what
+happened, with its evidence, and [Incident.WasExposed] to whom.
 
 A rollback lasts, also across restarts where there is a Store, until [Rollout.Restart] or a Version that was never seen
 before. [Rollout.RollbackRing] rolls back one ring alone.
+
+# Sessions and agents
+
+What takes longer than a request, such as a conversation, a job or the run of an agent, is a [Session]: [Rollout.Begin]
+keeps a unit to its version until [Session.End], which is its one outcome. A promotion leaves it as it is. On a rollback
+[Session.Revoked] closes: finish the turn, then hand over. SessionPolicy says how long that may take, and its OnRevoke
+can move a live agent to the stable configuration instead. [Session.Pin] and [Rollout.Adopt] take a session from one
+process to another, [Rollout.Drain] waits for all of them.
 
 # HTTP
 
@@ -110,6 +121,6 @@ rolls back here; Options.Lease limits how long.
 It does not deploy: both versions are in the running program. It does not route between machines. It is not a
 feature-flag service with targeting rules and remote configuration, and not an experiment platform: it asks whether the
 candidate does harm, not which of many variants wins. It cannot undo what the candidate did, other than by the rollback
-steps it is given.
+steps and the undo functions it is given.
 */
 package rollout

@@ -35,7 +35,7 @@ func newRehearsal(name string, p Policy, s virtual.Setup) (*rehearsal, error) {
 	if _, err := New(name, p, o); err != nil { // also for what is left out below
 		return nil, err
 	}
-	p.Rollback = nil
+	p.Rollback, p.Undo = nil, nil
 	if !s.MayAdvance {
 		p.MayAdvance = nil
 	}

@@ -35,6 +35,8 @@ const (
 //	rollout.share          gauge, %             share of each ring that gets the candidate, Holdback aside
 //	rollout.stage          gauge, {stage}       index of the present stage, from 0; absent before the first
 //	rollout.state          gauge, {state}       1 for the present state and 0 for each of the others
+//	rollout.sessions       gauge, {session}     sessions of this process under way, by cohort; all of the stable version's
+//	                                            are the control's
 //	rollout.gate.evidence  gauge, 1             from 0, nothing against the candidate, to 1, enough for this gate alone
 //
 // All are asynchronous and read from the cells that decisions and records count in anyway, so they cost nothing where it
@@ -55,6 +57,7 @@ type instruments struct {
 	share     metric.Float64ObservableGauge
 	stage     metric.Int64ObservableGauge
 	state     metric.Int64ObservableGauge
+	sessions  metric.Int64ObservableGauge
 	evidence  metric.Float64ObservableGauge
 }
 
@@ -66,7 +69,7 @@ func (r *Rollout) register() (unregister func(), err error) {
 	}
 	m := mp.Meter(scopeName)
 	var in instruments
-	var errs [7]error
+	var errs [8]error
 	in.decisions, errs[0] = m.Int64ObservableCounter("rollout.decisions", metric.WithUnit("{decision}"),
 		metric.WithDescription("Decisions of this process, by ring and cohort."))
 	in.outcomes, errs[1] = m.Int64ObservableCounter("rollout.outcomes", metric.WithUnit("{outcome}"),
@@ -81,13 +84,15 @@ func (r *Rollout) register() (unregister func(), err error) {
 		metric.WithDescription("1 for the present state, 0 for the others."))
 	in.evidence, errs[6] = m.Float64ObservableGauge("rollout.gate.evidence", metric.WithUnit("1"),
 		metric.WithDescription("Evidence against the candidate by gate: 0 is none, 1 is enough for the gate alone; logarithmic."))
+	in.sessions, errs[7] = m.Int64ObservableGauge("rollout.sessions", metric.WithUnit("{session}"),
+		metric.WithDescription("Sessions under way in this process, by cohort."))
 	if err := errors.Join(errs[:]...); err != nil {
 		return func() {}, err
 	}
 	reg, err := m.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		r.observe(o, &in)
 		return nil
-	}, in.decisions, in.outcomes, in.dropped, in.share, in.stage, in.state, in.evidence)
+	}, in.decisions, in.outcomes, in.dropped, in.share, in.stage, in.state, in.evidence, in.sessions)
 	if err != nil {
 		return func() {}, err
 	}
@@ -107,6 +112,8 @@ func (r *Rollout) observe(o metric.Observer, in *instruments) {
 		o.ObserveInt64(in.decisions, int64(ring.Control), r.attributes(name, cohort(Control)))
 		o.ObserveInt64(in.decisions, int64(ring.Candidate), r.attributes(name, cohort(Candidate)))
 	}
+	o.ObserveInt64(in.sessions, int64(st.Sessions.Control), r.attributes(cohort(Control)))
+	o.ObserveInt64(in.sessions, int64(st.Sessions.Candidate), r.attributes(cohort(Candidate)))
 	r.observeOutcomes(o, in)
 	for reason, n := range map[string]uint64{"no unit": st.NoUnit, "late": st.Late, "unknown metric": st.Unknown, "invalid": st.Invalid, "slow subscriber": st.Dropped} {
 		o.ObserveInt64(in.dropped, int64(n), r.attributes(attribute.String(keyReason, reason)))

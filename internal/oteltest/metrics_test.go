@@ -40,6 +40,7 @@ func TestInstruments(t *testing.T) {
 			"rollout.share":         {"gauge %", "feature_flag.key rollout.ring", 2},
 			"rollout.stage":         {"gauge {stage}", "feature_flag.key", 1},
 			"rollout.state":         {"gauge {state}", "feature_flag.key rollout.state", 7},
+			"rollout.sessions":      {"gauge {session}", "feature_flag.key feature_flag.result.variant", 2},
 			"rollout.gate.evidence": {"gauge 1", "feature_flag.key rollout.gate", 5},
 		} {
 			if got.instruments[name] != want.kind {
