@@ -158,6 +158,12 @@ func TestSessionOutcomes(t *testing.T) {
 				t.Errorf("%v scores were counted", got)
 			}
 		}
+		_, told := r.Begin(t.Context(), r.of(Candidate, "staff"))
+		must(t, r.RollbackRing(t.Context(), "staff", ""))
+		told.End(context.Canceled)
+		if got := outcomesOf(r.Rollout, "staff")[1]; got != [2]uint64{1, 0} {
+			t.Errorf("told to end, and counted as %v", got)
+		}
 		if st := r.Status(); st.Sessions != (SessionStatus{}) || st.Rings[1].Candidate != 8 || st.Rings[1].Control != 8 {
 			t.Errorf("%+v, %+v", st.Sessions, st.Rings[1])
 		}
@@ -322,6 +328,7 @@ func TestRevokedAfterStored(t *testing.T) {
 		r := start(t, "x", p, Options{Store: store})
 		_, s = r.Begin(t.Context(), r.of(Candidate))
 		store.set(nil, func(context.Context) error {
+			_ = r.Ready(context.Background()) // follows what is stored, whatever is in force here
 			if closed(s.Revoked()) && !inStore(t, store.Store).Phase.Latched() {
 				early.Store(true)
 			}
