@@ -12,7 +12,7 @@ import (
 // multiresolution bitmap (Estan, Varghese and Fisk, Bitmap algorithms for counting active flows on high speed links,
 // 2003), with a standard error of about 1 % from one unit to 300 million. Its first map costs a decision no more than the
 // guard [GuardSplit] would by itself.
-type units [2][unitLevels]bitmap
+type units [unitLevels]bitmap
 
 const (
 	unitLevels = 3
@@ -22,26 +22,23 @@ const (
 	levelShift = partShift + 16
 )
 
-// bitmap holds one bit for each part of the units.
-type bitmap [unitParts / 64]atomic.Uint64
+// bitmap holds two bits for each part of the units: whether one of the control has come, and one of the candidate.
+type bitmap [unitParts / 32]atomic.Uint64
 
-func bitOf(bucket uint64) (word int, bit uint64) {
-	return int(bucket >> (partShift + 6) & (unitParts/64 - 1)), 1 << (bucket >> partShift & 63)
-}
-
-// known reports whether there is nothing to note of a unit.
+// known reports whether there is nothing to note of a unit. Where its bits are does not depend on its cohort, so that they
+// can be on their way while that is found out.
 func (m *units) known(side int, bucket uint64) bool {
-	word, bit := bitOf(bucket)
-	return m[side&1][0][word].Load()&bit != 0 && bucket>>levelShift&(1<<unitBits-1) != 0
+	at := bucket>>partShift*2 | uint64(side)
+	return m[0][at/64%(unitParts/32)].Load()&(1<<(at%64)) != 0 && bucket>>levelShift%(1<<unitBits) != 0
 }
 
 // add notes a unit, and reports whether it is the first of its part in either cohort.
 func (m *units) add(side int, bucket uint64) (first bool) {
-	word, bit := bitOf(bucket)
-	mine := &m[side&1]
-	first = mine[0][word].Or(bit)&bit == 0 && m[1-side&1][0][word].Load()&bit == 0
-	for level, rest := 1, bucket>>levelShift; level < unitLevels && rest&(1<<unitBits-1) == 0; level, rest = level+1, rest>>unitBits {
-		mine[level][word].Or(bit)
+	at := bucket >> partShift * 2
+	word, bit := at/64%(unitParts/32), uint64(1)<<(at%64+uint64(side))
+	first = m[0][word].Or(bit)>>(at%64)&3 == 0
+	for level, rest := 1, bucket>>levelShift; level < unitLevels && rest%(1<<unitBits) == 0; level, rest = level+1, rest>>unitBits {
+		m[level][word].Or(bit)
 	}
 	return first
 }
@@ -54,8 +51,8 @@ func (m *units) count(side int) uint64 {
 	n := 0.0
 	for level := range unitLevels {
 		set := 0
-		for i := range m[side&1][level] {
-			set += mathbits.OnesCount64(m[side&1][level][i].Load())
+		for i := range m[level] {
+			set += mathbits.OnesCount64(m[level][i].Load() >> (side & 1) & 0x5555555555555555)
 		}
 		fill := float64(min(set, unitParts-1)) / unitParts
 		n = -unitParts * math.Log1p(-fill) * float64(uint64(1)<<(unitBits*level))
