@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/stagedrollout/rollout"
 )
@@ -37,13 +39,15 @@ func TestExpectations(t *testing.T) {
 		gate string
 		want string
 	}{
-		"no flaw":      {model{version: "v2"}, "tools.NoChange", "waited for a rollback: completed"},
+		"no flaw":      {model{version: "v2"}, "tools.NoChange", "waited for a rollback: context deadline exceeded"},
 		"another gate": {v3, "tools.NoChange", "rolled back by \"refund-without-permission.Never\""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+				defer cancel()
 				var out strings.Builder
-				err := deploy(t.Context(), &out, rollout.MemStore(), c.m, c.gate)
+				err := deploy(ctx, &out, rollout.MemStore(), c.m, c.gate)
 				if err == nil || !strings.Contains(err.Error(), c.want) {
 					t.Errorf("%v, want %q\n%s", err, c.want, &out)
 				}
