@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -382,7 +381,6 @@ func TestStepsAwaitSessions(t *testing.T) {
 func TestTenThousandSessions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n = 10_000
-		before := runtime.NumGoroutine()
 		p := talks(SessionPolicy{Grace: time.Second})
 		r := start(t, "x", p, Options{})
 		var rolledBack atomic.Bool
@@ -442,10 +440,7 @@ func TestTenThousandSessions(t *testing.T) {
 			t.Errorf("being told to stop counted as %d failures", got[1][1])
 		}
 		r.stop()
-		synctest.Wait()
-		if after := runtime.NumGoroutine(); after > before {
-			t.Errorf("%d goroutines, %d before", after, before)
-		}
+		// A goroutine that is left makes the bubble panic.
 	})
 }
 
