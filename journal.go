@@ -79,6 +79,10 @@ const effectFormat = 1
 // [ErrRolledBack] once the candidate is rolled back, alone in its ring or altogether, or another generation has begun;
 // with [ErrJournalFull] at the limit; with [ErrNotStored] if the Store does not answer. After an error the effect must not
 // be made; Policy.Undo may still be asked to undo it, as it may after a crash between Journal and the effect.
+//
+// The process that undoes waits for its own sessions until they end, for as long as their grace, and for nothing else. In a
+// request without a session, in another process, or after [Session.Reconfigured], an effect may be undone between Journal
+// and the making of it. So let Undo void the name under which the payload knows the effect, and make none under a void one.
 func (d Decision) Journal(ctx context.Context, kind string, payload []byte) error {
 	if d.at == nil || !d.Enabled() || d.Reason() == ReasonForced || d.Reason() == ReasonCompleted {
 		return nil

@@ -232,6 +232,9 @@ func (s *Session) Release() (pin string) {
 // Reconfigured says that the session goes on with the stable version from now on: the live instance was moved there, most
 // likely by SessionPolicy.OnRevoke. Its Decision is off from then on, nothing revokes or cuts it, [Rollout.Drain] does not
 // wait for it, and its outcome counts in neither cohort.
+//
+// Call it between two turns: a rollback does not wait for the one under way any more. A turn keeps the Decision it began
+// with, for what it records and journals: that of the session journals nothing from then on.
 func (s *Session) Reconfigured() {
 	if s.r == nil || !s.began.Enabled() || s.ended.Load() {
 		return
