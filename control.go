@@ -169,13 +169,14 @@ func (r *Rollout) cutFor(st *machine.State, last bool) *cut {
 	r.mu.Lock()
 	ledgers := r.ledgers
 	r.mu.Unlock()
-	k := &cut{at: r.now(), reasons: r.rationales(), alarm: r.clock.alarm}
+	k := &cut{at: r.now(), alarm: r.clock.alarm}
 	for _, l := range ledgers {
 		if l.snap.gen == st.Gen {
 			l.cut(k, st, last)
 			k.ledgers = append(k.ledgers, l)
 		}
 	}
+	k.reasons = r.rationales() // after the counts: each is kept before it is counted
 	return k
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"math"
 	"strconv"
 	"time"
 
@@ -161,6 +162,9 @@ func (d Decision) Record(obs ...Observation) {
 			continue
 		}
 		m := &s.metrics[i]
+		if o.why != nil && cohort == Candidate {
+			s.keep(i, o) // before the count: whoever sees that has its rationale
+		}
 		switch {
 		case i == errorsIndex:
 			plain = false
@@ -183,8 +187,8 @@ func (d Decision) Record(obs ...Observation) {
 			}
 			outcomes[i].Add(shard, group, cell)
 		}
-		if cohort == Candidate && (o.why != nil || m.never) {
-			s.notice(i, o)
+		if m.never && o.value != 0 && cohort == Candidate {
+			s.r.sound() // after the count
 		}
 	}
 	if s.marked > 0 && (more != 0 || s.marked > 1) {
@@ -205,14 +209,12 @@ func (s *snapshot) indexOf(m metricRef) int {
 	return -1
 }
 
-// notice takes from an observation of the candidate what is more than a count. It comes after the count.
-func (s *snapshot) notice(i int, o *Observation) {
-	if o.why != nil {
-		s.life.reasons[i].keep(o.why)
+// keep keeps an observation's rationale, unless it is one that does not count.
+func (s *snapshot) keep(i int, o *Observation) {
+	if s.metrics[i].kind == scoreKind && math.IsNaN(math.Float64frombits(o.value)) {
+		return
 	}
-	if s.metrics[i].never && o.value != 0 {
-		s.r.sound()
-	}
+	s.life.reasons[i].keep(o.why)
 }
 
 // AppendText appends the decision as a token, for an outcome that comes later or elsewhere: see [Rollout.ParseDecision].

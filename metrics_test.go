@@ -228,6 +228,10 @@ func TestRationales(t *testing.T) {
 		t.Error(all)
 	}
 	candidate, control := r.Decide(keyOf(t, r, Candidate)), r.Decide(keyOf(t, r, Control))
+	candidate.Record(quality.Observe(math.NaN()).Because("it does not count"))
+	if all := r.rationales(); all != nil {
+		t.Errorf("of no number: %q", all)
+	}
 	var work sync.WaitGroup
 	for i := range 4 {
 		work.Go(func() {
@@ -255,6 +259,34 @@ func TestRationales(t *testing.T) {
 	}
 	if all := r.rationales(); all != nil {
 		t.Errorf("a new generation has %q", all)
+	}
+}
+
+// Whatever moment the gates look at: where they see that what must never happen has happened, they have its rationale.
+func TestRationaleComesFirst(t *testing.T) {
+	leaks := NewRate("leaks")
+	r := startedWith(t, Policy{Stages: Percentages(50, 100), Gates: []Gate{Errors.AtMost(5), leaks.Never()}})
+	d := r.Decide(keyOf(t, r, Candidate))
+	r.mu.Lock()
+	st := r.known.Clone()
+	r.mu.Unlock()
+	i := d.at.indexOf(leaks.m)
+	for n := range 1000 {
+		d.at.life.reasons[i] = reasons{}
+		var work sync.WaitGroup
+		work.Go(func() { d.Record(leaks.Observe(true).Because("the other customer's name")) })
+		for {
+			k := r.cutFor(st, false)
+			k.commit()
+			if len(k.breaches) == 0 {
+				continue
+			}
+			if len(k.reasons["leaks"]) == 0 {
+				t.Fatalf("the %dth was seen without its rationale", n)
+			}
+			break
+		}
+		work.Wait()
 	}
 }
 
