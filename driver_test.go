@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"testing/synctest"
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/machine"
@@ -222,11 +223,12 @@ func (p *proc) steps(one bool) {
 	if one {
 		limit = 100 * time.Millisecond // shorter than any pause
 		p.d.store.left = 2             // that it begins, and how it ended
-		defer func() { p.d.store.left = -1 }()
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
 	p.runSteps(ctx, idle)
+	cancel()
+	synctest.Wait() // calls that were given up end
+	p.d.store.left = -1
 }
 
 // rollBack is an operator's Rollback in this process.
@@ -530,8 +532,8 @@ func (d *driver) step(names []string, i, attempts int) RollbackStep {
 
 // attempted judges that an attempt, or the one that an effect is undone in, was stored before it is made.
 func (d *driver) attempted(st *machine.State, fence string) {
-	if st == nil || st.Phase != machine.RollingBack && len(st.Rings) == 0 {
-		d.broken("a step is attempted, and no rollback is stored")
+	if next, ok := machine.NextStep(st); !ok || next.Attempts == 0 { // that of a ring may be of an earlier generation
+		d.broken("a step is attempted, and what is stored needs none: %+v", st)
 		return
 	}
 	if fence != fmt.Sprintf("%020d", st.Term) {

@@ -387,6 +387,41 @@ func TestUndoOfRing(t *testing.T) {
 	})
 }
 
+// TestUndoOfRingAgain: a ring that is rolled back again before its earlier effects are undone has those of both undone, in
+// one step, the newest first.
+func TestUndoOfRingAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		var broken atomic.Bool
+		broken.Store(true)
+		w.failing(func(context.Context, Effect) error {
+			if broken.Load() {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		for _, payload := range []string{"order first", "order second"} {
+			w.journal(w.Decide(w.of(Candidate, "staff")), payload)
+			must(t, w.RollbackRing(t.Context(), "staff", ""))
+			time.Sleep(time.Minute)
+			must(t, w.Restart(t.Context(), ""))
+			time.Sleep(time.Minute)
+		}
+		if st := w.Status(); len(st.Steps) != 1 || st.Steps[0].Done {
+			t.Errorf("%+v", st.Steps)
+		}
+		tried := len(w.undone())
+		broken.Store(false)
+		time.Sleep(5 * time.Minute)
+		if got := w.undone()[tried:]; !slices.Equal(got, []string{"order second", "order first"}) {
+			t.Errorf("undone were %q", got)
+		}
+		if st := w.Status(); w.left() > 0 || len(st.Steps) != 1 || !st.Steps[0].Done {
+			t.Errorf("%d effects are left; %+v", w.left(), st.Steps)
+		}
+	})
+}
+
 // TestUndoFails: an undo that errs, panics or hangs is tried again five times and holds up what is older; then the rollback
 // is Stuck until it is mended, or waived: the effect, its kind or all. Restart waits for that.
 func TestUndoFails(t *testing.T) {

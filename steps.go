@@ -44,7 +44,7 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 			return
 		}
 		idle = false // the term is ours, or was lost
-		end := machine.Attempt{Name: step.Name}
+		end := machine.Attempt{Name: step.Name, Gen: step.Gen}
 		end.Cause, end.Effects = r.attempt(ctx, st, step)
 		if ctx.Err() != nil && end.Cause != "" {
 			r.release(st)

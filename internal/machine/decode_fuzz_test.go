@@ -72,7 +72,7 @@ func FuzzDecode(f *testing.F) {
 			_, _ = Apply(c, p, Verb{Name: name, Stage: c.Stage.Name, Ring: "staff", Percent: 5})
 			Step(c, p, in)
 			if i := BeginAttempt(c, "r", true); i >= 0 {
-				EndAttempt(c, p, epoch0, Attempt{Name: c.Steps[i].Name})
+				EndAttempt(c, p, epoch0, Attempt{Name: c.Steps[i].Name, Gen: c.Steps[i].Gen})
 			}
 		}
 		Rejoin(first, s, p, "n", epoch0)

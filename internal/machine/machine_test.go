@@ -262,8 +262,12 @@ func (w *world) attempt(t *rapid.T) {
 	}
 	cause := rapid.SampledFrom([]string{"", "", "it failed"}).Draw(t, "cause")
 	EndAttempt(w.s, w.p, epoch0, Attempt{
-		Name: w.s.Steps[i].Name, Cause: cause, GiveUp: rapid.Bool().Draw(t, "give up"), Effects: rapid.IntRange(0, 2).Draw(t, "effects"),
+		Name: w.s.Steps[i].Name, Gen: w.s.Steps[i].Gen, Cause: cause, GiveUp: rapid.Bool().Draw(t, "give up"),
+		Effects: rapid.IntRange(0, 2).Draw(t, "effects"),
 	})
+	if w.s.Steps[i].Done != (cause == "") {
+		t.Fatalf("an attempt that ended with %q is stored as %+v", cause, w.s.Steps[i])
+	}
 }
 
 // check is the invariant after each action.
@@ -319,9 +323,16 @@ func (w *world) check(t *rapid.T) {
 		if s.Phase.Latched() && s.Gen == b.Gen {
 			break
 		}
-		if i := slices.IndexFunc(s.Steps, func(now StepState) bool { return now.Name == st.Name && now.Gen == st.Gen }); i < 0 {
+		if i := slices.IndexFunc(s.Steps, func(now StepState) bool { return now.Name == st.Name && now.Gen >= st.Gen }); i < 0 {
 			t.Fatalf("the step %q was forgotten", st.Name)
 		}
+	}
+	names := map[string]bool{}
+	for _, st := range s.Steps {
+		if names[st.Name] {
+			t.Fatalf("two steps are called %q", st.Name)
+		}
+		names[st.Name] = true
 	}
 	if s.Settled < b.Settled || s.Settled > s.Gen {
 		t.Fatalf("settled up to generation %d of %d, was %d", s.Settled, s.Gen, b.Settled)
@@ -342,7 +353,7 @@ func (w *world) ends(t *rapid.T) {
 		if i < 0 || n > 10 {
 			t.Fatalf("the rollback does not end: %v", s.Phase)
 		}
-		EndAttempt(s, w.p, epoch0, Attempt{Name: s.Steps[i].Name})
+		EndAttempt(s, w.p, epoch0, Attempt{Name: s.Steps[i].Name, Gen: s.Steps[i].Gen})
 	}
 	if _, err := Apply(s, w.p, Verb{Name: VerbRestart, Now: epoch0}); err != nil {
 		t.Fatal(err)

@@ -465,7 +465,7 @@ func (m *move) rollbackRing(ring string, in *Incident) {
 	}
 	m.Lost = slices.DeleteFunc(m.Lost, func(o Open) bool { return o.Ring == ring })
 	if m.Effects {
-		m.Steps = append(m.Steps, StepState{Name: undoRing + ring + ")", Undo: true, Ring: ring, Gen: m.Gen})
+		m.undoAlso(ring)
 	}
 	m.reshare()
 	m.event(Event{Kind: RingRolledBack, Ring: ring, Gate: in.Gate, Note: in.Note, Incident: in})

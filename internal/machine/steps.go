@@ -60,6 +60,7 @@ func BeginAttempt(s *State, runner string, takeOver bool) int {
 // Attempt is how an attempt at a step ended.
 type Attempt struct {
 	Name    string // of the step
+	Gen     uint64 // of the step: what it undoes may have become more meanwhile
 	Cause   string // why it failed; "": it is done
 	GiveUp  bool   // no attempt is left: the rollback is stuck. A ring's undoing never is
 	Effects int    // that it undid: some count as progress, and attempts begin anew
@@ -68,8 +69,8 @@ type Attempt struct {
 // EndAttempt records how an attempt ended. It changes nothing where the step is not there any more or needs no attempt.
 func EndAttempt(s *State, p *Plan, now time.Time, a Attempt) []Event {
 	m := move{State: s, p: p, now: now}
-	i := slices.IndexFunc(s.Steps, func(st StepState) bool { return st.Name == a.Name })
-	if i < 0 || i != s.next() {
+	i := s.next()
+	if i < 0 || s.Steps[i].Name != a.Name || s.Steps[i].Gen != a.Gen {
 		return nil
 	}
 	s.Steps = slices.Clone(s.Steps)
@@ -105,6 +106,19 @@ func (s *State) undoing() []StepState {
 		}
 	}
 	return steps
+}
+
+// undoAlso adds the undoing of a ring's effects; where those of an earlier generation are not undone yet, these come with
+// them, so that no two steps have one name.
+func (m *move) undoAlso(ring string) {
+	step := StepState{Name: undoRing + ring + ")", Undo: true, Ring: ring, Gen: m.Gen}
+	m.Steps = slices.Clone(m.Steps)
+	if i := slices.IndexFunc(m.Steps, func(st StepState) bool { return st.Name == step.Name && !st.Done }); i >= 0 {
+		step.Waives, step.Effects, step.Err = m.Steps[i].Waives, m.Steps[i].Effects, m.Steps[i].Err
+		m.Steps[i] = step
+		return
+	}
+	m.Steps = append(m.Steps, step)
 }
 
 // settle notes that no effect of this generation is to be undone any more: it was, or the candidate is here to stay.
