@@ -49,7 +49,8 @@ func (d *driver) undo(_ context.Context, e Effect) error {
 	st := d.load()
 	d.attempted(st, e.Fence)
 	next, ok := machine.NextStep(st)
-	if !ok || !next.Undo || next.Attempts == 0 || next.Gen < m.gen || next.Ring != "" && next.Ring != m.ring || e.Generation != m.gen || e.Ring != m.ring {
+	wrong := !ok || !next.Undo || next.Attempts == 0 || next.Gen < m.gen || next.Ring != "" && next.Ring != m.ring
+	if wrong && !d.store.came || e.Generation != m.gen || e.Ring != m.ring {
 		d.broken("an effect of generation %d in %s is undone, and stored is %+v", m.gen, m.ring, next)
 	}
 	if m.settled {

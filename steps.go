@@ -130,6 +130,9 @@ func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.S
 	beats.Go(func() { r.beat(ctx, cancel, st) })
 	defer beats.Wait()
 	defer cancel()
+	if !r.awaitSessions(ctx) { // those of a rollback that was not known before the attempt was stored
+		return context.Cause(ctx).Error(), 0
+	}
 	fence := fmt.Sprintf("%020d", st.Term)
 	if step.Undo {
 		return r.undo(ctx, st, step, fence)
