@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -27,6 +28,7 @@ func TestCheck(t *testing.T) {
 		"healthy and error":   {func(context.Context) (Verdict, error) { return Healthy, errors.New("half") }, Inconclusive, "half", Running},
 		"error":               {func(context.Context) (Verdict, error) { return 0, errors.New("no answer") }, Inconclusive, "no answer", Running},
 		"panic":               {func(context.Context) (Verdict, error) { panic("oh") }, Inconclusive, "oh", Running},
+		"exit":                {func(context.Context) (Verdict, error) { runtime.Goexit(); return Healthy, nil }, Inconclusive, "ended its goroutine", Running},
 		"hang":                {func(ctx context.Context) (Verdict, error) { <-ctx.Done(); return Healthy, nil }, Inconclusive, "no answer within", Running},
 		"nonsense":            {func(context.Context) (Verdict, error) { return 77, nil }, Inconclusive, "77", Running},
 	}
@@ -72,6 +74,7 @@ func TestMayAdvance(t *testing.T) {
 	for name, may := range map[string]func(time.Time) bool{
 		"no":    func(time.Time) bool { return false },
 		"panic": func(time.Time) bool { panic("oh") },
+		"exit":  func(time.Time) bool { runtime.Goexit(); return true },
 		"hang":  func(time.Time) bool { <-release; return true },
 	} {
 		synctest.Test(t, func(t *testing.T) {
@@ -171,10 +174,12 @@ func TestSteps(t *testing.T) {
 		fails := map[string]func(context.Context) error{
 			"error": func(context.Context) error { return errors.New("not yet") },
 			"panic": func(context.Context) error { panic("oh") },
+			"exit":  func(context.Context) error { runtime.Goexit(); return nil },
 			"hang":  func(ctx context.Context) error { <-ctx.Done(); return nil },
 		}
 		p := threeStages()
-		for _, name := range []string{"error", "panic", "hang"} {
+		names := []string{"error", "panic", "exit", "hang"}
+		for _, name := range names {
 			p.Rollback = append(p.Rollback, RollbackStep{Name: name, Attempts: 3, Timeout: 10 * time.Second, Do: func(ctx context.Context, in Incident) error {
 				log = append(log, name)
 				if in.Key != "x/1/"+name || in.Fence == "" || in.Name != "x" || in.Note != "stop" {
@@ -194,7 +199,7 @@ func TestSteps(t *testing.T) {
 		}
 		r := start(t, "x", p, Options{})
 		r.serve(10*time.Second, 0, 0)
-		for _, name := range []string{"error", "panic", "hang"} {
+		for _, name := range names {
 			log = nil
 			mend.Store(false)
 			if err := r.Rollback(t.Context(), "stop"); err != nil {

@@ -66,6 +66,7 @@ var (
 	errDown = errors.New("the store is down")
 	down    = func(context.Context) error { return errDown }
 	hangs   = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+	exits   = func(context.Context) error { runtime.Goexit(); return nil }
 )
 
 // quiet is a Logger that says nothing.
@@ -389,10 +390,10 @@ func TestRollbackWins(t *testing.T) {
 	}
 }
 
-// TestRollbackWithoutStore: a store that fails or hangs neither keeps a rollback from being in force here nor from being
+// TestRollbackWithoutStore: a store that fails, hangs or ends its goroutine neither keeps a rollback from being in force here nor from being
 // stored once it is back; and after a restart it is still rolled back.
 func TestRollbackWithoutStore(t *testing.T) {
-	for name, broken := range map[string]func(context.Context) error{"fails": down, "hangs": hangs} {
+	for name, broken := range map[string]func(context.Context) error{"fails": down, "hangs": hangs, "exits": exits} {
 		for _, running := range []bool{true, false} {
 			t.Run(fmt.Sprint(name, running), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {

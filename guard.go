@@ -2,6 +2,7 @@ package rollout
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"runtime/debug"
@@ -29,8 +30,12 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
+// errExited is what came of a callback that neither returned nor panicked.
+var errExited = errors.New("it ended its goroutine")
+
 // guard calls f in a goroutine of its own and waits for it until ctx ended and grace passed: what does not return then is
-// left behind. A panic becomes an error with its stack.
+// left behind. A panic becomes an error with its stack, and so does an end of the goroutine: runtime.Goexit, by which
+// t.FailNow ends a test.
 func guard[T any](ctx context.Context, grace time.Duration, f func(context.Context) (T, error)) (T, error) {
 	type result struct {
 		v   T
@@ -38,7 +43,7 @@ func guard[T any](ctx context.Context, grace time.Duration, f func(context.Conte
 	}
 	done := make(chan result, 1)
 	go func() {
-		var res result
+		res := result{err: errExited}
 		defer func() {
 			if p := recover(); p != nil {
 				res.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())

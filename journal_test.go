@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -422,12 +423,13 @@ func TestUndoOfRingAgain(t *testing.T) {
 	})
 }
 
-// TestUndoFails: an undo that errs, panics or hangs is tried again five times and holds up what is older; then the rollback
+// TestUndoFails: an undo that errs, panics, ends its goroutine or hangs is tried again five times and holds up what is older; then the rollback
 // is Stuck until it is mended, or waived: the effect, its kind or all. Restart waits for that.
 func TestUndoFails(t *testing.T) {
 	for how, fail := range map[string]func(context.Context) error{
 		"errs":   func(context.Context) error { return errors.New("it is broken") },
 		"panics": func(context.Context) error { panic("it is broken") },
+		"exits":  func(context.Context) error { runtime.Goexit(); return nil },
 		"hangs":  func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() },
 	} {
 		for _, mend := range []string{"mended", "waived", "its kind", "all"} {
@@ -459,7 +461,7 @@ func TestUndoFails(t *testing.T) {
 					w.is(Stuck, "")
 					w.wants("order 3", "mail 2", "mail 2", "mail 2", "mail 2", "mail 2")
 					note := w.Status().Note
-					if e := lost.Load(); e == nil || !strings.Contains(note, *key.Load()) || how != "hangs" && !strings.Contains(note, "it is broken") || how == "panics" && !strings.Contains(note, "journal_test.go") {
+					if e := lost.Load(); e == nil || !strings.Contains(note, *key.Load()) || (how == "errs" || how == "panics") && !strings.Contains(note, "it is broken") || how == "exits" && !strings.Contains(note, errExited.Error()) || how == "panics" && !strings.Contains(note, "journal_test.go") {
 						t.Errorf("the note is %q, the event %v", note, e)
 					}
 					if served(w.Rollout) {
