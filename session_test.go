@@ -763,3 +763,23 @@ func BenchmarkSession(b *testing.B) {
 		s.End(nil)
 	}
 }
+
+// TestEndedSessionIsAlone: one that has ended, and is kept, keeps no other from being freed.
+func TestEndedSessionIsAlone(t *testing.T) {
+	r, err := New("x", talks(SessionPolicy{}), quietly())
+	must(t, err)
+	var all []*Session
+	for i := range 5 {
+		_, s := r.Begin(t.Context(), Unit{Key: fmt.Sprint(i)})
+		all = append(all, s)
+	}
+	for _, i := range []int{2, 0, 4, 3, 1} {
+		all[i].End(nil)
+		if s := all[i]; s.prev != nil || s.next != nil {
+			t.Errorf("session %d has ended, and keeps %p and %p", i, s.prev, s.next)
+		}
+	}
+	if left := r.sessions.all(); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}

@@ -66,6 +66,7 @@ func (ss *sessions) remove(s *Session) {
 	if s.next != nil {
 		s.next.prev = s.prev
 	}
+	s.prev, s.next = nil, nil // whoever keeps it keeps no other
 	ss.count--
 	ss.settleLocked(s)
 }
