@@ -142,7 +142,7 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 		}
 		r.clearJournal(ctx, work, clearing)
 		grace := make(<-chan time.Time)
-		if next := r.tend(func(news []*Session) { work.Go(func() { r.tellHost(ctx, news) }) }); next > 0 {
+		if next := r.tend(func(news []*Session) { r.tellHost(ctx, work, news) }); next > 0 {
 			grace = time.After(next)
 		}
 		evaluate = true

@@ -37,10 +37,11 @@ type SessionPolicy struct {
 	// Grace is how long a session may go on after Revoked has closed, before its context is cancelled with the cause
 	// [ErrRolledBack]. Rollback steps wait for that. Default: 1 minute.
 	Grace time.Duration
-	// OnRevoke is called once for each session that is revoked, from a goroutine of Run or of Drain, several at a time and
-	// no lock held: it may call anything. It can move a live instance to the stable configuration and say so by
-	// [Session.Reconfigured], or end the session, or do nothing. Its context has the session's values and ends with the
-	// grace; a panic is logged, and what does not return by then is left behind. Default: none.
+	// OnRevoke is called once for each session that is revoked and goes on, from goroutines of Run or of Drain, for all
+	// sessions at once and no lock held: it may call anything. It can move a live instance to the stable configuration and
+	// say so by [Session.Reconfigured], or end the session, or do nothing. Its context has the session's values and ends
+	// once the Grace is over that began when the session was revoked, with AtOnce too; a panic is logged, and what does not
+	// return by then is left behind. Default: none.
 	OnRevoke func(context.Context, *Session)
 }
 
@@ -84,6 +85,9 @@ type leash struct {
 	revoked chan struct{}
 	at      atomic.Int64 // when, in nanoseconds of the Unix time; 0: it is not
 }
+
+// ends is when a grace is over that began when the sessions were revoked.
+func (l *leash) ends(grace time.Duration) time.Time { return time.Unix(0, l.at.Load()).Add(grace) }
 
 // over reports whether the sessions are revoked.
 func (l *leash) over() bool { return l != nil && l.at.Load() != 0 }

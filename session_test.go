@@ -553,6 +553,128 @@ func TestOnRevoke(t *testing.T) {
 	})
 }
 
+// TestOnRevokeHangs: however many of its calls hang, each session is told at once, has until the grace of its own
+// revocation is over, and neither Drain nor the steps wait longer than that.
+func TestOnRevokeHangs(t *testing.T) {
+	const n, grace = 10_000, time.Second
+	for name, running := range map[string]bool{"Run": true, "Drain alone": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var revoked time.Time
+				var told atomic.Int64
+				release := make(chan struct{})
+				p := talks(SessionPolicy{Grace: grace, OnRevoke: func(ctx context.Context, s *Session) {
+					told.Add(1)
+					if end, _ := ctx.Deadline(); !end.Equal(revoked.Add(grace)) || ctx.Err() != nil {
+						t.Errorf("its context ends %v after the revocation", end.Sub(revoked))
+					}
+					if ctx.Value("behaves") != nil {
+						s.Reconfigured()
+						return
+					}
+					<-release
+				}})
+				var stepped time.Duration
+				p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error { stepped = time.Since(revoked); return nil }}}
+				r := start(t, "x", p, Options{})
+				u := r.of(Candidate)
+				var good []*Session
+				for i := range n {
+					ctx := t.Context()
+					if i%(n/10) == 0 {
+						//lint:ignore SA1029 the test's own key
+						ctx = context.WithValue(ctx, "behaves", true)
+					}
+					if _, s := r.Begin(ctx, u); i%(n/10) == 0 {
+						good = append(good, s)
+					}
+				}
+				if !running {
+					r.stop()
+				}
+				revoked = time.Now()
+				must(t, r.Rollback(t.Context(), "stop"))
+				if !running {
+					time.Sleep(grace * 6 / 10)
+				}
+				cut, err := r.Drain(t.Context())
+				if took := time.Since(revoked); err != nil || took > grace+100*time.Millisecond {
+					t.Errorf("Drain returned %v after the revocation: %v", took, err)
+				}
+				if told.Load() != n || len(cut) != n-len(good) {
+					t.Errorf("told of %d sessions, %d were cut", told.Load(), len(cut))
+				}
+				for _, s := range good {
+					if s.Decision().Enabled() || s.scope.Err() != nil {
+						t.Error("one that was moved in time was cut")
+					}
+				}
+				minute()
+				if running && (stepped < grace || stepped > grace+time.Second) {
+					t.Errorf("the step began %v after the revocation", stepped)
+				}
+				close(release)
+			})
+		})
+	}
+}
+
+// TestOnRevokeOfTheEnded: only a session that goes on is told, or one that is cut AtOnce, and Drain returns after the call.
+func TestOnRevokeOfTheEnded(t *testing.T) {
+	for _, how := range []Revocation{FinishTurn, AtOnce} {
+		t.Run(how.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var mu sync.Mutex
+				told := map[*Session]int{}
+				p := talks(SessionPolicy{OnRollback: how, Grace: 10 * time.Second, OnRevoke: func(ctx context.Context, s *Session) {
+					s.Reconfigured()
+					time.Sleep(3 * time.Second)
+					mu.Lock()
+					defer mu.Unlock()
+					told[s]++
+				}})
+				r := start(t, "x", p, Options{})
+				r.stop()
+				u := r.of(Candidate)
+				all := map[string]*Session{}
+				for _, name := range []string{"ended", "moved", "on"} {
+					_, all[name] = r.Begin(t.Context(), u)
+				}
+				must(t, r.Rollback(t.Context(), "stop"))
+				all["ended"].End(nil)
+				all["moved"].Reconfigured()
+				var work sync.WaitGroup
+				r.tellHost(t.Context(), &work, []*Session{all["ended"], all["moved"]}) // as if that had come just before
+				work.Wait()
+				began := time.Now()
+				if _, err := r.Drain(t.Context()); err != nil || time.Since(began) != 3*time.Second {
+					t.Errorf("Drain returned after %v: %v", time.Since(began), err)
+				}
+				if len(told) != 1 || told[all["on"]] != 1 {
+					t.Errorf("told %v", told)
+				}
+
+				must(t, r.Restart(t.Context(), "again"))
+				started, stop := context.WithCancel(t.Context())
+				done := make(chan error)
+				go func() { done <- r.Run(started) }()
+				minute()
+				_, late := r.Begin(t.Context(), u)
+				stop()
+				must(t, <-done)
+				must(t, r.Rollback(t.Context(), "stop"))
+				time.Sleep(20 * time.Second) // nobody looks
+				if cut, err := r.Drain(t.Context()); err != nil || len(cut) != 1 {
+					t.Errorf("cut %v: %v", cut, err)
+				}
+				if told[late] != 0 {
+					t.Error("told of one whose grace is over")
+				}
+			})
+		})
+	}
+}
+
 // TestAdopt: a pin takes a session up in another process, with its answer and its cohort, and never outlives its version.
 func TestAdopt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

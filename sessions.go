@@ -283,10 +283,10 @@ func (r *Rollout) tend(tell func([]*Session)) (next time.Duration) {
 		if !s.leash.over() || s.moved.Load() != nil {
 			continue
 		}
-		if r.policy.Sessions.OnRevoke != nil && r.sessions.tell(s) {
+		left := s.leash.ends(r.policy.Sessions.grace()).Sub(now)
+		if (left > 0 || r.policy.Sessions.OnRollback == AtOnce) && r.policy.Sessions.OnRevoke != nil && r.sessions.tell(s) {
 			news = append(news, s)
 		}
-		left := time.Unix(0, s.leash.at.Load()).Add(r.policy.Sessions.grace()).Sub(now)
 		if left > 0 {
 			soonest = min(soonest, left)
 			continue
@@ -326,31 +326,20 @@ func (ss *sessions) tell(s *Session) bool {
 	return !told && !s.cut
 }
 
-// tellers is how many sessions the host is told of at a time.
-const tellers = 8
-
-// tellHost calls OnRevoke for each session.
-func (r *Rollout) tellHost(ctx context.Context, ss []*Session) {
-	queue := make(chan *Session, len(ss))
+// tellHost calls OnRevoke for each session, in goroutines of work: for all at once, so that none waits for another.
+func (r *Rollout) tellHost(ctx context.Context, work *sync.WaitGroup, ss []*Session) {
 	for _, s := range ss {
-		queue <- s
+		work.Go(func() { r.tellOne(ctx, s) })
 	}
-	close(queue)
-	var work sync.WaitGroup
-	for range min(tellers, len(ss)) {
-		work.Go(func() {
-			for s := range queue {
-				if ctx.Err() == nil {
-					r.tellOne(ctx, s)
-				}
-			}
-		})
-	}
-	work.Wait()
 }
 
+// tellOne calls OnRevoke for a session that goes on, and waits for it until the grace is over.
 func (r *Rollout) tellOne(ctx context.Context, s *Session) {
-	asked, cancel := context.WithTimeout(context.WithoutCancel(&s.scope), r.policy.Sessions.Grace)
+	left := s.leash.ends(r.policy.Sessions.Grace).Sub(r.now())
+	if ctx.Err() != nil || left <= 0 || s.ended.Load() || s.moved.Load() != nil {
+		return // meanwhile
+	}
+	asked, cancel := context.WithTimeout(context.WithoutCancel(&s.scope), left)
 	defer cancel()
 	defer context.AfterFunc(ctx, cancel)()
 	if _, err := guard(asked, 0, func(ctx context.Context) (struct{}, error) {
@@ -387,7 +376,8 @@ func (ss *sessions) settled(s *Session) bool {
 // Drain returns when every session on the candidate in this process has ended, was reconfigured or was cut: by the grace
 // of a rollback, or at the end of ctx, when it cuts all that are left itself. cut are the pins of those; err is that of
 // ctx if it ended first. Sessions that begin meanwhile are waited for as well, so before a process ends see first that no
-// more come. It needs no Run, and may be called from anywhere, also from a rollback step.
+// more come. It needs no Run, and may be called from anywhere, also from a rollback step. What it had
+// SessionPolicy.OnRevoke called for has returned by then, or was left behind.
 func (r *Rollout) Drain(ctx context.Context) (cut []string, err error) {
 	if r == nil {
 		return nil, errNil
@@ -406,7 +396,7 @@ func (r *Rollout) Drain(ctx context.Context) (cut []string, err error) {
 	var telling sync.WaitGroup
 	defer telling.Wait()
 	for {
-		next := r.tend(func(news []*Session) { telling.Go(func() { r.tellHost(ctx, news) }) })
+		next := r.tend(func(news []*Session) { r.tellHost(ctx, &telling, news) })
 		idle := ss.whenIdle()
 		if idle == nil {
 			return nil, nil
