@@ -169,7 +169,7 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 		wake:  make(chan struct{}, 1), hint: make(chan struct{}, 1), queued: make(chan struct{}, 1),
 		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{}, revoked: map[uint64]bool{}, leashes: map[leashKey]*leash{},
 	}
-	r.sessions.origin, r.sessions.never = randomText(), make(chan struct{})
+	r.sessions.origin, r.sessions.never, r.sessions.look = randomText(), make(chan struct{}), make(chan struct{}, 1)
 	if r.effects = opts.Store; r.effects == nil {
 		r.effects = MemStore()
 	}

@@ -77,6 +77,7 @@ func (r *Rollout) Run(ctx context.Context) error {
 	if r.shared {
 		work.Go(func() { r.watch(ctx) })
 	}
+	work.Go(func() { r.tendAll(ctx, &work) })
 	stop := make(chan struct{})
 	var told sync.WaitGroup
 	told.Go(func() { r.dispatch(stop) })
@@ -141,16 +142,10 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 			}
 		}
 		r.clearJournal(ctx, work, clearing)
-		grace := make(<-chan time.Time)
-		if next := r.tend(func(news []*Session) { r.tellHost(ctx, work, news) }); next > 0 {
-			grace = time.After(next)
-		}
 		evaluate = true
 		select {
 		case <-ctx.Done():
 		case <-ticker.C:
-		case <-grace:
-			evaluate = false
 		case <-r.wake:
 			r.clock.alarm = r.alarm.Swap(false)
 		case <-r.hint:

@@ -135,7 +135,7 @@ func (s *Session) open(l *leash) {
 		s.r.wakeUp() // that its first candidate kills a process must be seen
 	}
 	if s.leash.over() { // meanwhile
-		s.r.wakeUp()
+		s.r.sessions.wake()
 	}
 }
 

@@ -675,6 +675,44 @@ func TestOnRevokeOfTheEnded(t *testing.T) {
 	}
 }
 
+// TestSessionsWithHungStore: sessions are told and cut in time, and end with their contexts, while a tick waits for the Store.
+func TestSessionsWithHungStore(t *testing.T) {
+	for name, stored := range map[string]bool{"the rollback is stored": true, "it is not": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var told atomic.Int64
+				p := talks(SessionPolicy{Grace: time.Second, OnRevoke: func(context.Context, *Session) { told.Store(time.Now().UnixNano()) }})
+				store := &faulty{Store: MemStore()}
+				r := start(t, "x", p, Options{Store: store, Interval: 30 * time.Second})
+				sctx, s := r.Begin(t.Context(), r.of(Candidate))
+				short, cancel := context.WithTimeout(t.Context(), time.Minute+10*time.Second)
+				defer cancel()
+				_, gone := r.Begin(short, r.of(Control))
+				time.Sleep(time.Minute)
+				if stored {
+					must(t, r.Rollback(t.Context(), "stop"))
+				}
+				store.set(hangs, hangs, nil)
+				if !stored {
+					go func() { _ = r.Rollback(t.Context(), "stop") }()
+				}
+				<-s.Revoked()
+				revoked := time.Now()
+				<-sctx.Done()
+				if took := time.Since(revoked); took != time.Second || told.Load() != revoked.UnixNano() {
+					t.Errorf("cut after %v, told %v before", took, time.Since(time.Unix(0, told.Load())))
+				}
+				time.Sleep(35 * time.Second)
+				if !gone.ended.Load() {
+					t.Error("its context ended, and it did not")
+				}
+				s.End(nil)
+				store.set(nil, nil, nil)
+			})
+		})
+	}
+}
+
 // TestAdopt: a pin takes a session up in another process, with its answer and its cohort, and never outlives its version.
 func TestAdopt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

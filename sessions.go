@@ -15,6 +15,7 @@ import (
 type sessions struct {
 	origin string        // names this life of this rollout in pins
 	never  chan struct{} // what Revoked returns where nothing revokes a session
+	look   chan struct{} // asks Run for a look at them now
 
 	mu      sync.Mutex // guards what follows
 	first   *Session
@@ -235,8 +236,9 @@ func (r *Rollout) revokeLocked() {
 	}
 }
 
-// wake lets every Drain look again.
+// wake lets Run and every Drain look at the sessions now.
 func (ss *sessions) wake() {
+	signal(ss.look)
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	for _, d := range ss.drains {
@@ -300,6 +302,24 @@ func (r *Rollout) tend(tell func([]*Session)) (next time.Duration) {
 		return 0
 	}
 	return soonest
+}
+
+// tendAll tends the sessions until ctx ends: beside the ticks, which may have to wait for the Store.
+func (r *Rollout) tendAll(ctx context.Context, work *sync.WaitGroup) {
+	ticker := time.NewTicker(r.o.Interval)
+	defer ticker.Stop()
+	for ctx.Err() == nil {
+		var due <-chan time.Time
+		if next := r.tend(func(news []*Session) { r.tellHost(ctx, work, news) }); next > 0 {
+			due = time.After(next)
+		}
+		select {
+		case <-ctx.Done():
+		case <-ticker.C:
+		case <-due:
+		case <-r.sessions.look:
+		}
+	}
 }
 
 // grace is how long a session may go on once it is revoked.
