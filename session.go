@@ -1,13 +1,15 @@
 package rollout
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
+
+	"github.com/cespare/xxhash/v2"
 
 	"github.com/stagedrollout/rollout/internal/machine"
 )
@@ -69,6 +71,7 @@ type Session struct {
 	leash    *leash // what revokes it; nil: nothing does
 	id       uint64
 	origin   string // of a pin that was adopted; "": of this rollout
+	version  uint64 // of such a pin
 	ended    atomic.Bool
 	lost     atomic.Bool              // it was counted as failed: its process was taken for dead
 	moved    atomic.Pointer[Decision] // Reconfigured
@@ -184,20 +187,30 @@ func (s *Session) Revoked() <-chan struct{} {
 }
 
 // Pin is a text by which [Rollout.Adopt] takes the session up again, here or in another process. It is printable, has no
-// spaces and no personal data, is the same for as long as the session lives, and unlike that of any other. It is not
-// signed: take it from trusted places only.
+// spaces and no personal data, and is unlike that of any other session. It is the same for as long as the session lives,
+// but for [Session.Reconfigured]: that makes it another one, which is of the stable version. It is not signed: take it
+// from trusted places only.
 func (s *Session) Pin() string {
 	if s.r == nil {
 		return ""
 	}
-	b := append([]byte("s1:"), s.origin...)
+	b := append([]byte("s2:"), s.origin...)
 	if s.origin == "" {
 		b = append(b, s.r.sessions.origin...)
 	}
-	b = strconv.AppendUint(append(b, '.'), s.id, 36)
-	b, _ = s.began.AppendText(append(b, ':'))
+	version := s.version
+	if s.origin == "" {
+		version = versionHash(s.began.Version())
+	}
+	for _, n := range []uint64{s.id, version} {
+		b = strconv.AppendUint(append(b, '.'), n, 36)
+	}
+	b, _ = s.Decision().AppendText(append(b, ':'))
 	return string(b)
 }
+
+// versionHash names a version in pins.
+func versionHash(version string) uint64 { return xxhash.Sum64String(version) }
 
 // End ends the session and cancels its context. Its outcome is one observation of [Errors], and obs. Options.IsFailure says
 // which errors are failures, as for a Do; neither [ErrRolledBack] is one, nor [context.Canceled] once Revoked has closed
@@ -255,33 +268,32 @@ func (s *Session) Reconfigured() {
 // for the unit of ctx.
 //
 // A pin never outlives its version: Adopt returns [ErrRolledBack] for a session on a candidate that was rolled back, and
-// [ErrVersion] where another generation has begun or this process has another version. Then Begin a new one. A process
-// should adopt what was released, or what died: a session that two processes have ends twice.
+// [ErrVersion] where the rollout is about another version by now, another generation has begun, or this process has another
+// version. Then Begin a new one. A session that was [Session.Reconfigured] stays on the stable version, if the pin was
+// taken after that. A process should adopt what was released, or what died: a session that two processes have ends twice.
 func (r *Rollout) Adopt(ctx context.Context, pin string) (context.Context, *Session, error) {
 	if r == nil {
 		return ctx, nil, errNil
 	}
-	head, token, ok := bytes.Cut([]byte(pin), []byte(":d1:"))
-	name, isPin := bytes.CutPrefix(head, []byte("s1:"))
-	origin, count, hasID := bytes.Cut(name, []byte("."))
-	id, err := strconv.ParseUint(string(count), 36, 64)
-	if !ok || !isPin || !hasID || err != nil || len(origin) == 0 || len(origin) > 64 {
-		return ctx, nil, fmt.Errorf("%w: %.120q", errPin, pin)
+	p, err := parsePin(pin)
+	if err != nil {
+		return ctx, nil, err
 	}
-	d, err := r.ParseDecision(append([]byte("d1:"), token...))
+	d, err := r.ParseDecision(p.token)
 	if err != nil {
 		return ctx, nil, fmt.Errorf("%w: %w", errPin, err)
 	}
-	l, err := r.pinned(d)
+	l, err := r.pinned(d, p.version)
 	if err != nil {
 		if ready := r.Ready(ctx); ready != nil {
 			return ctx, nil, ready
 		}
-		if l, err = r.pinned(d); err != nil {
+		if l, err = r.pinned(d, p.version); err != nil {
 			return ctx, nil, err
 		}
+		d, _ = r.ParseDecision(p.token) // as part of what is loaded now
 	}
-	s := &Session{r: r, began: d, id: id, origin: string(origin), adoptive: true}
+	s := &Session{r: r, began: d, id: p.id, origin: p.origin, version: p.version, adoptive: true}
 	around := scopeOf(ctx)
 	ctx, s.cancel = context.WithCancelCause(ctx)
 	s.scope.Context = ctx
@@ -293,8 +305,31 @@ func (r *Rollout) Adopt(ctx context.Context, pin string) (context.Context, *Sess
 	return &s.scope, s, nil
 }
 
+// pinParts are what a pin says: who named the session, by which number, and on which version it was with which decision.
+type pinParts struct {
+	origin      string
+	id, version uint64
+	token       []byte
+}
+
+func parsePin(text string) (p pinParts, err error) {
+	head, token, ok := strings.Cut(text, ":d1:")
+	name, isPin := strings.CutPrefix(head, "s2:")
+	fields := strings.Split(name, ".")
+	if !ok || !isPin || len(fields) != 3 || fields[0] == "" || len(fields[0]) > 64 {
+		return p, fmt.Errorf("%w: %.120q", errPin, text)
+	}
+	p.origin, p.token = fields[0], []byte("d1:"+token)
+	for i, n := range []*uint64{&p.id, &p.version} {
+		if *n, err = strconv.ParseUint(fields[i+1], 36, 64); err != nil {
+			return p, fmt.Errorf("%w: %.120q: %w", errPin, text, err)
+		}
+	}
+	return p, nil
+}
+
 // pinned is what revokes a session of a pin's decision, or why it cannot be taken up.
-func (r *Rollout) pinned(d Decision) (*leash, error) {
+func (r *Rollout) pinned(d Decision, version uint64) (*leash, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	st, gen := r.known, d.Generation()
@@ -305,6 +340,8 @@ func (r *Rollout) pinned(d Decision) (*leash, error) {
 		return nil, ErrRolledBack
 	case st == nil || st.Gen != gen:
 		return nil, fmt.Errorf("%w: the pin is of generation %d", ErrVersion, gen)
+	case version != versionHash(st.Version): // of the same generation: it was completed
+		return nil, fmt.Errorf("%w: the pin is not of %q", ErrVersion, st.Version)
 	case !d.Enabled():
 		return nil, nil
 	case st.Version != r.plan.Version || r.standing == machine.Passive:

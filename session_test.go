@@ -781,11 +781,96 @@ func TestAdopt(t *testing.T) {
 		c := start(t, "x", p, Options{Store: store})
 		refused(c, s.Pin(), ErrVersion)
 		s.End(nil)
-		for _, text := range []string{"", "s1:", "d1:x", "s1:a.1:d1:x:1:1:-:0:0", "s1:.1" + strings.TrimPrefix(s.Pin(), "s1:"), s.Pin() + "x"} {
+		for _, text := range []string{
+			"", "s2:", "d1:x", "s2:a.1.1:d1:x:1:1:-:0:0", "s2:.1.1" + strings.TrimPrefix(s.Pin(), "s2:"), s.Pin() + "x",
+			strings.Replace(s.Pin(), "s2", "s1", 1), strings.Replace(s.Pin(), ".", ".!", 1), strings.Replace(s.Pin(), ".", ".1.", 1),
+		} {
 			refused(a, text, errPin)
 		}
 		if _, _, err := (*Rollout)(nil).Adopt(t.Context(), s.Pin()); err == nil {
 			t.Error("a nil Rollout adopts")
+		}
+	})
+}
+
+// TestPinOfReplaced: a completed rollout takes a new version up in the same generation, and the pins of the old one are
+// refused from then on.
+func TestPinOfReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		p := talks(SessionPolicy{})
+		p.Version = "1"
+		a := start(t, "x", p, Options{Store: store})
+		var pins []string
+		for _, c := range []Cohort{Candidate, Control} {
+			_, s := a.Begin(t.Context(), a.of(c))
+			pins = append(pins, s.Release())
+		}
+		a.completeAll(2)
+		_, s := a.Begin(t.Context(), Unit{Key: "late"})
+		pins = append(pins, s.Release())
+		for _, pin := range pins {
+			fresh, err := New("x", p, &Options{Store: store, Logger: quiet}) // loads it when asked
+			must(t, err)
+			for _, r := range []*Rollout{a.Rollout, fresh} {
+				_, s, err := r.Adopt(t.Context(), pin)
+				must(t, err)
+				if s.Release() != pin || s.Decision().Version() != "1" {
+					t.Errorf("%q became %q, of %q", pin, s.Pin(), s.Decision().Version())
+				}
+			}
+		}
+		a.stop()
+		p.Version = "2"
+		b := start(t, "x", p, Options{Store: store})
+		minute()
+		if st := b.Status(); st.State != Completed || st.Generation != 1 || st.Version != "2" {
+			t.Fatalf("%+v", st)
+		}
+		fresh, err := New("x", p, &Options{Store: store, Logger: quiet})
+		must(t, err)
+		for _, pin := range pins {
+			for name, r := range map[string]*Rollout{"loaded": b.Rollout, "not loaded": fresh} {
+				if _, _, err := r.Adopt(t.Context(), pin); !errors.Is(err, ErrVersion) {
+					t.Errorf("%s: %q of version 1: %v", name, pin, err)
+				}
+			}
+		}
+	})
+}
+
+// TestPinOfReconfigured: a session that was moved to the stable version stays there, whoever adopts it, and counts in no
+// cohort.
+func TestPinOfReconfigured(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		a := start(t, "x", talks(SessionPolicy{}), Options{Store: store})
+		_, s := a.Begin(t.Context(), a.of(Candidate, "staff"))
+		before := s.Pin()
+		s.Reconfigured()
+		if s.Pin() == before {
+			t.Error("the same pin")
+		}
+		pin := s.Release()
+		for _, when := range []string{"running", "rolled back"} {
+			b, err := New("x", talks(SessionPolicy{}), &Options{Store: store, Logger: quiet})
+			must(t, err)
+			ctx, s, err := b.Adopt(t.Context(), pin)
+			if err != nil {
+				t.Fatalf("%s: %v", when, err)
+			}
+			if d := s.Decision(); d.Enabled() || b.Enabled(ctx) || d.Cohort() != None || d.Reason() != ReasonRolledBack || d.Ring() != "staff" || d.Generation() != 1 || s.Pin() != pin {
+				t.Errorf("%s: %v, %v, %v, %q, %d, %q", when, d.Enabled(), d.Cohort(), d.Reason(), d.Ring(), d.Generation(), s.Pin())
+			}
+			s.End(errors.New("boom"))
+			if got := outcomesOf(b, "staff"); got != [2][2]uint64{} {
+				t.Errorf("%s: it counted as %v", when, got)
+			}
+			must(t, a.Rollback(t.Context(), "stop"))
+		}
+		must(t, a.Restart(t.Context(), "again"))
+		if _, _, err := a.Adopt(t.Context(), pin); !errors.Is(err, ErrVersion) {
+			t.Errorf("in another generation: %v", err)
 		}
 	})
 }
