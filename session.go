@@ -99,9 +99,10 @@ func (l *leash) over() bool { return l != nil && l.at.Load() != 0 }
 var noForced = []*snapshot{}
 
 // Begin begins a session of unit u: the rollout decides for it, and keeps to that answer until the session ends. In the
-// context returned, the rollout answers so, and whatever else is asked answers for u. End the session with [Session.End];
-// one that is never ended ends with its context, as soon as Run looks. A nil *Rollout begins a session on the stable
-// version that counts nowhere.
+// context returned, the rollout answers so, and whatever else is asked answers for u. Where ctx has an answer for the same
+// unit, the session has that too, unless its candidate was rolled back since and no session around it goes on with that.
+// End the session with [Session.End]; one that is never ended ends with its context, as soon as Run looks. A nil *Rollout
+// begins a session on the stable version that counts nowhere.
 //
 // A session whose process dies counts as failed in the cohort it began in, once other processes on the same Store, or the
 // next life of this one, have seen no sign of it for 36 ticks, and 3 minutes at least. One that is open when Run ends
@@ -114,37 +115,48 @@ func (r *Rollout) Begin(ctx context.Context, u Unit) (context.Context, *Session)
 	if r == nil {
 		return &s.scope, s
 	}
-	if d, forced := s.scope.decideForced(r); forced {
-		s.began = d
-	} else {
-		who := s.scope.who()
-		at, _ := s.scope.present(r)
-		s.began = at.begin(who, s.scope.hash)
+	if d, given := s.scope.decideForced(r); given && s.open(d, d.leash()) {
+		return &s.scope, s
 	}
-	s.open(s.began.leash())
+	s.scope.who()
+	for at, _ := s.scope.present(r); !at.begin(s); {
+		at = r.snap.Load() // that candidate is not served any more
+	}
 	return &s.scope, s
 }
 
-// open puts the session into its context and among those of its rollout.
-func (s *Session) open(l *leash) {
-	s.around, s.scope.session = s.scope.session, s
+// open puts the session into its context and among those of its rollout, unless its candidate is rolled back.
+func (s *Session) open(d Decision, l *leash) (ok bool) {
+	if s.began, s.leash = d, nil; d.Enabled() && s.r.policy.Sessions.OnRollback != UntilEnd {
+		s.leash = l
+	}
+	around := s.scope.session
+	s.around, s.scope.session = around, s
 	if s.scope.forced == nil {
 		s.scope.forced = noForced
 	}
-	if s.began.Enabled() && s.r.policy.Sessions.OnRollback != UntilEnd {
-		s.leash = l
+	first, ok := s.r.sessions.add(s, l)
+	if !ok {
+		s.around, s.scope.session = nil, around
+		return false
 	}
-	if s.r.sessions.add(s) {
+	if first {
 		s.r.wakeUp() // that its first candidate kills a process must be seen
 	}
 	if s.leash.over() { // meanwhile
 		s.r.sessions.wake()
 	}
+	return true
 }
 
-// begin is an answer for a session: counted, but not among the decisions that an outcome is soon to come of.
-func (s *snapshot) begin(u *Unit, key uint64) Decision {
-	v, b, bucket := s.decide(u, key)
+// begin opens a session with the snapshot's answer, if it can be. That is counted, but not among the decisions that an
+// outcome is soon to come of.
+func (s *snapshot) begin(in *Session) (ok bool) {
+	v, b, bucket := s.decide(&in.scope.unit, in.scope.hash)
+	d := Decision{s.uncounted(), b}
+	if !in.open(d, d.leash()) {
+		return false
+	}
 	switch {
 	case b.cohort() != None && !v.closed:
 		v.begun[b.side()].Add(1)
@@ -154,7 +166,7 @@ func (s *snapshot) begin(u *Unit, key uint64) Decision {
 	case b.reason() == ReasonNoUnit:
 		s.r.noUnit.Add(1)
 	}
-	return Decision{s.uncounted(), b}
+	return true
 }
 
 // leash is what revokes a session of the decision.
@@ -293,15 +305,17 @@ func (r *Rollout) Adopt(ctx context.Context, pin string) (context.Context, *Sess
 		}
 		d, _ = r.ParseDecision(p.token) // as part of what is loaded now
 	}
-	s := &Session{r: r, began: d, id: p.id, origin: p.origin, version: p.version, adoptive: true}
+	s := &Session{r: r, id: p.id, origin: p.origin, version: p.version, adoptive: true}
 	around := scopeOf(ctx)
-	ctx, s.cancel = context.WithCancelCause(ctx)
-	s.scope.Context = ctx
+	s.scope.Context, s.cancel = context.WithCancelCause(ctx)
 	s.scope.within(around)
 	if around != nil {
 		s.scope.unit = *around.who()
 	}
-	s.open(l)
+	if !s.open(d, l) {
+		s.cancel(nil)
+		return ctx, nil, ErrRolledBack
+	}
 	return &s.scope, s, nil
 }
 

@@ -377,6 +377,102 @@ func TestStepsAwaitSessions(t *testing.T) {
 	}
 }
 
+// TestBeginAfterRollback: in a request that was answered before, a session that begins after the rollback is on the stable
+// version, counted as nothing, and so is one within a session that was cut; one within a session that goes on is as that is.
+func TestBeginAfterRollback(t *testing.T) {
+	for _, how := range []Revocation{FinishTurn, UntilEnd, AtOnce} {
+		t.Run(how.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := start(t, "x", talks(SessionPolicy{OnRollback: how, Grace: 30 * time.Second}), Options{})
+				u := r.of(Candidate)
+				requests := map[string]context.Context{
+					"request":         NewContext(t.Context(), u),
+					"another request": NewContext(NewContext(t.Context(), u), u),
+				}
+				for _, ctx := range requests {
+					if !r.Enabled(ctx) {
+						t.Fatal("off")
+					}
+				}
+				sctx, s := r.Begin(t.Context(), u)
+				begun := r.Status().Rings[1].Candidate
+				must(t, r.Rollback(t.Context(), "stop"))
+				synctest.Wait()
+				for name, ctx := range requests {
+					in, late := r.Begin(ctx, u)
+					if d := late.Decision(); d.Enabled() || r.Enabled(in) || d.Cohort() != None || d.Reason() != ReasonRolledBack || closed(late.Revoked()) {
+						t.Errorf("%s: %v, %v, %v", name, d.Enabled(), d.Cohort(), d.Reason())
+					}
+					if !r.Enabled(ctx) {
+						t.Errorf("%s: its own answer has changed", name)
+					}
+					late.End(errors.New("boom"))
+				}
+				within := func(want bool) {
+					t.Helper()
+					in, inner := r.Begin(context.WithoutCancel(sctx), u)
+					if inner.Decision().Enabled() != want || r.Enabled(in) != want {
+						t.Errorf("within a session: %v", inner.Decision().Enabled())
+					}
+					inner.End(nil)
+				}
+				within(how != AtOnce)
+				minute()
+				within(how == UntilEnd)
+				s.End(nil)
+				within(false)
+				if got := r.Status().Rings[1].Candidate; got != begun {
+					t.Errorf("%d sessions on the candidate, not %d", got, begun)
+				}
+				if got := r.Status().Sessions; got != (SessionStatus{}) {
+					t.Errorf("left: %+v", got)
+				}
+			})
+		})
+	}
+}
+
+// TestBeginRacesRollback: sessions that begin while it is rolled back, in requests that were answered before, are waited for
+// or on the stable version: none is on the candidate while a step runs.
+func TestBeginRacesRollback(t *testing.T) {
+	for range 20 {
+		synctest.Test(t, func(t *testing.T) {
+			var r *process
+			done := make(chan struct{})
+			p := talks(SessionPolicy{Grace: time.Second})
+			p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error {
+				defer close(done)
+				for range 100 {
+					for _, s := range r.sessions.all() {
+						if s.Decision().Enabled() && s.scope.Err() == nil {
+							return errors.New("a session is on the candidate")
+						}
+					}
+				}
+				return nil
+			}}}
+			r = start(t, "x", p, Options{})
+			u := r.of(Candidate)
+			var work sync.WaitGroup
+			for range 4 {
+				work.Go(func() {
+					for ctx := NewContext(t.Context(), u); r.Enabled(ctx) && !closed(done); {
+						_, s := r.Begin(ctx, u)
+						s.End(nil)
+					}
+				})
+			}
+			must(t, r.Rollback(t.Context(), "stop"))
+			work.Wait()
+			minute()
+			r.is(RolledBack, "")
+			if st := r.Status().Steps[0]; st.Attempts != 1 {
+				t.Errorf("%+v", st)
+			}
+		})
+	}
+}
+
 // TestTenThousandSessions: none begins a turn on the candidate after Revoked, Drain returns in time, and nothing is left.
 func TestTenThousandSessions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -33,10 +33,15 @@ type drain struct {
 	wake chan struct{} // sessions were revoked
 }
 
-// add takes a session, and reports whether it is the first on its candidate.
-func (ss *sessions) add(s *Session) (first bool) {
+// add takes a session, and reports whether it is the first on its candidate. It takes none on a candidate that is rolled
+// back: the rollback steps, which look once the leash is over, may have seen all of them end. But a session that goes on
+// with the candidate, and holds the steps up, may have others in it.
+func (ss *sessions) add(s *Session, l *leash) (first, ok bool) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
+	if s.began.Enabled() && l.over() && !s.around.goesOn(s.r) {
+		return false, false
+	}
 	if s.next = ss.first; s.next != nil {
 		s.next.prev = s
 	}
@@ -52,7 +57,17 @@ func (ss *sessions) add(s *Session) (first bool) {
 			ss.begun, first = gen, true
 		}
 	}
-	return first
+	return first, true
+}
+
+// goesOn reports whether the session, or one around it, goes on with r's candidate. It holds the mu of r's sessions.
+func (s *Session) goesOn(r *Rollout) bool {
+	for ; s != nil; s = s.around {
+		if s.r == r && s.began.Enabled() && !s.cut {
+			return true
+		}
+	}
+	return false
 }
 
 // remove drops a session that has ended.
