@@ -57,6 +57,9 @@ type Exposure struct {
 	// Slack is how far the clocks and the news of a change may be apart: by so much a time in question may be off. It is two
 	// ticks and a minute.
 	Slack time.Duration `json:"slack"`
+	// Grace is for how long a session might go on with the candidate once that was taken away: SessionPolicy.Grace, 0 with
+	// AtOnce. Negative: until it ends, as with [UntilEnd].
+	Grace time.Duration `json:"grace"`
 
 	// Match are those of rings that have one.
 	Match map[string]func(Unit) bool `json:"-"`
@@ -72,7 +75,11 @@ type ShareChange struct {
 // exposure is whom the state's candidate was given to.
 func (r *Rollout) exposure(st *machine.State) *Exposure {
 	e := &Exposure{
-		Salt: st.Salt, Holdback: Percent(st.Holdback), Rings: slices.Clone(r.plan.Rings), Slack: 2*r.o.Interval + time.Minute,
+		Salt: st.Salt, Holdback: Percent(st.Holdback), Rings: slices.Clone(r.plan.Rings),
+		Slack: 2*r.o.Interval + time.Minute, Grace: r.policy.Sessions.grace(),
+	}
+	if r.policy.Sessions.OnRollback == UntilEnd {
+		e.Grace = -1
 	}
 	if e.Salt == "" { // written before it was kept
 		e.Salt, e.Holdback = r.policy.Salt, r.policy.Holdback
@@ -101,19 +108,25 @@ func (r *Rollout) exposure(st *machine.State) *Exposure {
 // of shares; nothing was logged, and whether the unit really came nobody knows. So walk your own table of users with the
 // times of what they did, and repair what this says true for. Without an Exposure it is false.
 //
-// It is false before the candidate's generation began and after the rollback; it is wrong for a process that was cut off
-// from the Store for longer than the slack, and for a ring that the unit was in then and is not now.
+// It is false before the candidate's generation began, and once the rollback and the grace of sessions are over. It is wrong
+// for a process that was cut off from the Store for longer than the slack, and for a ring that the unit was in then and is
+// not now.
+//
+// A session that began earlier keeps the candidate when its unit's share is lowered to nothing, and goes on with it until
+// it ends, or until a rollback and its grace: of that this knows nothing, because who has sessions is nowhere kept. For what
+// was done in a session, ask with the time at which the session began. With [UntilEnd] that is not needed: whoever was once
+// exposed is so from then on.
 func (in Incident) WasExposed(u Unit, at time.Time) bool {
 	e := in.Exposure
 	if e == nil {
 		return false
 	}
-	from, to := at.Add(-e.Slack), at.Add(e.Slack)
+	from, to := at.Add(-e.Slack).Add(-e.Grace), at.Add(e.Slack)
 	for i, c := range e.Changes {
 		if c.Time.After(to) {
 			break
 		}
-		if i+1 < len(e.Changes) && e.Changes[i+1].Time.Before(from) {
+		if e.Grace >= 0 && i+1 < len(e.Changes) && e.Changes[i+1].Time.Before(from) {
 			continue // over by then
 		}
 		if e.has(u, c) {

@@ -19,6 +19,9 @@ func TestWasExposed(t *testing.T) {
 			p := talks(SessionPolicy{})
 			p.Rings = []Ring{{Name: "staff"}, {Name: "even", Match: func(u Unit) bool { return len(u.Key)%2 == 0 && u.Key != "" }}}
 			p.Holdback = Percent(rapid.SampledFrom([]int{0, 5, 40}).Draw(t, "holdback"))
+			p.Sessions.OnRollback = rapid.SampledFrom([]Revocation{FinishTurn, AtOnce}).Draw(t, "revocation")
+			p.Sessions.Grace = time.Duration(rapid.IntRange(1, 300).Draw(t, "grace")) * time.Second
+			grace := p.Sessions.grace()
 			r, err := New("x", p, &Options{Logger: quiet, Interval: time.Second})
 			if err != nil {
 				t.Fatal(err)
@@ -79,8 +82,8 @@ func TestWasExposed(t *testing.T) {
 			}
 			again.Exposure.Match = in.Exposure.Match
 			slack := in.Exposure.Slack
-			if slack != 62*time.Second {
-				t.Fatalf("the slack is %v", slack)
+			if slack != 62*time.Second || in.Exposure.Grace != grace {
+				t.Fatalf("the slack is %v, the grace %v", slack, in.Exposure.Grace)
 			}
 			for _, s := range all {
 				was := in.WasExposed(s.u, s.at)
@@ -92,7 +95,7 @@ func TestWasExposed(t *testing.T) {
 				}
 				near := false // a change that the answer may be because of
 				for _, c := range changes {
-					near = near || s.at.Sub(c).Abs() <= slack
+					near = near || s.at.Sub(c) >= -slack && s.at.Sub(c) <= slack+grace
 				}
 				if was && !s.on && !near {
 					t.Fatalf("%+v did not have the candidate at %v, and no change is near", s.u, s.at)
@@ -103,6 +106,57 @@ func TestWasExposed(t *testing.T) {
 			}
 		})
 	})
+}
+
+// TestWasExposedInSession: whoever has a session on the candidate is exposed for as long as it may go on after a rollback, of
+// all or of its ring; where a share was lowered, only the time at which it began tells.
+func TestWasExposedInSession(t *testing.T) {
+	const grace = 30 * time.Minute
+	for name, how := range map[string]Revocation{"rollback": FinishTurn, "of a ring": FinishTurn, "until end": UntilEnd, "at once": AtOnce, "lowered": FinishTurn} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := start(t, "x", talks(SessionPolicy{OnRollback: how, Grace: grace}), Options{})
+				u := r.of(Candidate, "staff")
+				time.Sleep(time.Hour)
+				ctx, s := r.Begin(t.Context(), u)
+				began := time.Now()
+				switch name {
+				case "of a ring":
+					must(t, r.RollbackRing(t.Context(), "staff", "stop"))
+				case "lowered":
+					must(t, r.SetPercent(t.Context(), "staff", 0, "less"))
+				default:
+					must(t, r.Rollback(t.Context(), "stop"))
+				}
+				var asked []time.Time // while the session was at work
+				for range 60 {
+					if synctest.Wait(); ctx.Err() == nil {
+						asked = append(asked, time.Now())
+					}
+					time.Sleep(time.Minute)
+				}
+				over := time.Now()
+				must(t, r.Rollback(t.Context(), "stop"))
+				in := r.Status().Incident
+				missed := 0
+				for _, at := range append(asked, began) {
+					if !in.WasExposed(u, at) {
+						missed++
+					}
+				}
+				if wrong := missed > 0; wrong != (name == "lowered") || !in.WasExposed(u, began) {
+					t.Errorf("not exposed at %d of %d times in the session", missed, len(asked))
+				}
+				if got := in.WasExposed(u, over); got != (name == "until end") {
+					t.Errorf("exposed an hour after: %v", got)
+				}
+				if in.WasExposed(u, began.Add(-2*time.Hour)) {
+					t.Error("exposed before it began")
+				}
+				s.End(nil)
+			})
+		})
+	}
 }
 
 // TestUnits: how many units came is known within 3 %, for each cohort by itself, however many they are.
