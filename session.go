@@ -104,9 +104,11 @@ var noForced = []*snapshot{}
 // End the session with [Session.End]; one that is never ended ends with its context, as soon as Run looks. A nil *Rollout
 // begins a session on the stable version that counts nowhere.
 //
-// A session whose process dies counts as failed in the cohort it began in, once other processes on the same Store, or the
-// next life of this one, have seen no sign of it for 36 ticks, and 3 minutes at least. One that is open when Run ends
-// counts as nothing.
+// A session whose process dies counts as failed in the cohort it began in, if Run had seen it open at a tick and stored
+// that, and once other processes on the same Store, or the next life of this one, have seen no sign of it for 36 ticks, and 3
+// minutes at least. One that began since the last tick counts as nothing; so that a candidate which kills its process at
+// once is seen nevertheless, one that begins while none is open on the candidate has Run make a tick now, at most once an
+// Options.Interval. One that is open when Run ends counts as nothing.
 func (r *Rollout) Begin(ctx context.Context, u Unit) (context.Context, *Session) {
 	s := &Session{r: r}
 	ctx, s.cancel = context.WithCancelCause(ctx)
@@ -135,13 +137,13 @@ func (s *Session) open(d Decision, l *leash) (ok bool) {
 	if s.scope.forced == nil {
 		s.scope.forced = noForced
 	}
-	first, ok := s.r.sessions.add(s, l)
+	news, ok := s.r.sessions.add(s, l)
 	if !ok {
 		s.around, s.scope.session = nil, around
 		return false
 	}
-	if first {
-		s.r.wakeUp() // that its first candidate kills a process must be seen
+	if news {
+		s.r.wakeUp() // that a session on the candidate kills its process must be seen
 	}
 	if s.leash.over() { // meanwhile
 		s.r.sessions.wake()

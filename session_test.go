@@ -1082,6 +1082,52 @@ func TestDeadProcess(t *testing.T) {
 	}
 }
 
+// TestDiesAtOnce: sessions of a process that dies count as failed if they were seen open at a tick. One on the candidate that
+// begins while none is open there is seen at once, which makes no more than one further tick an interval.
+func TestDiesAtOnce(t *testing.T) {
+	for name, open := range map[string]bool{"none is open": false, "one is open": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &faulty{Store: MemStore()}
+				p := talks(SessionPolicy{})
+				p.Gates = []Gate{Errors.Within(1), Errors.AtMost(50).OnFail(Report)}
+				a := start(t, "x", p, Options{Store: store})
+				b := start(t, "x", p, Options{Store: store.Store})
+				u := a.of(Candidate)
+				_, s := a.Begin(t.Context(), u)
+				var writes atomic.Int32
+				store.set(nil, func(context.Context) error { writes.Add(1); return nil }, nil)
+				for range 600 { // one after the other, in a minute
+					s.End(nil)
+					time.Sleep(100 * time.Millisecond)
+					_, s = a.Begin(t.Context(), u)
+				}
+				if n := writes.Load(); n < 12 || n > 26 {
+					t.Errorf("%d writes in 12 intervals", n)
+				}
+				if !open {
+					s.End(nil)
+				}
+				time.Sleep(6 * time.Second) // a tick
+				if _, s = a.Begin(t.Context(), u); !open {
+					synctest.Wait() // it is seen
+				}
+				_, _ = a.Begin(t.Context(), u) // is not
+				time.Sleep(100 * time.Millisecond)
+				store.set(down, down, nil) // a is gone
+				count := b.count(WorkLost)
+				time.Sleep(10 * time.Minute)
+				b.serve(time.Minute, 0, 0)
+				est := inStore(t, store.Store)
+				if got := b.plan.Judge.Assess(&est.Gates, nil)[0].Candidate.Events; count.Load() != 1 || got != 1 {
+					t.Errorf("%d processes were found dead, %d sessions failed, not 1", count.Load(), got)
+				}
+				store.set(nil, nil, nil)
+			})
+		})
+	}
+}
+
 func TestSessionAllocs(t *testing.T) {
 	r := running(t, "sessions")
 	ctx, u, ok := context.Background(), Unit{Key: "somebody"}, Errors.Observe(false)

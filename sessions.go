@@ -22,6 +22,7 @@ type sessions struct {
 	count   int
 	next    uint64 // the last id
 	begun   uint64 // the newest generation that a candidate's session began in
+	asked   bool   // Run was asked for a tick because of one that began, in this interval
 	waiting int    // on the candidate, neither cut nor reconfigured: what Drain waits for
 	drains  []*drain
 	idle    chan struct{} // closed once waiting is 0; nil while nobody wants to know
@@ -33,10 +34,11 @@ type drain struct {
 	wake chan struct{} // sessions were revoked
 }
 
-// add takes a session, and reports whether it is the first on its candidate. It takes none on a candidate that is rolled
+// add takes a session, and reports whether Run has to see it now: on the candidate, of which none was open, or none in its
+// generation. It takes none on a candidate that is rolled
 // back: the rollback steps, which look once the leash is over, may have seen all of them end. But a session that goes on
 // with the candidate, and holds the steps up, may have others in it.
-func (ss *sessions) add(s *Session, l *leash) (first, ok bool) {
+func (ss *sessions) add(s *Session, l *leash) (news, ok bool) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	if s.began.Enabled() && l.over() && !s.around.goesOn(s.r) {
@@ -52,12 +54,21 @@ func (ss *sessions) add(s *Session, l *leash) (first, ok bool) {
 		s.id = ss.next
 	}
 	if s.began.Enabled() {
-		ss.waiting++
-		if gen := s.began.Generation(); gen > ss.begun {
-			ss.begun, first = gen, true
+		gen := s.began.Generation()
+		if news = gen > ss.begun || ss.waiting == 0 && !ss.asked; news {
+			ss.begun, ss.asked = max(ss.begun, gen), true
 		}
+		ss.waiting++
 	}
-	return first, true
+	return news, true
+}
+
+// calm lets a session that begins ask Run for a tick again: once an interval, or hosts with one short session after another
+// would have it write to the Store all the time.
+func (ss *sessions) calm() {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	ss.asked = false
 }
 
 // goesOn reports whether the session, or one around it, goes on with r's candidate. It holds the mu of r's sessions.
@@ -331,6 +342,7 @@ func (r *Rollout) tendAll(ctx context.Context, work *sync.WaitGroup) {
 		select {
 		case <-ctx.Done():
 		case <-ticker.C:
+			r.sessions.calm()
 		case <-due:
 		case <-r.sessions.look:
 		}
