@@ -2,5 +2,6 @@
 
 package rollout
 
-// Nothing in the exploration is concurrent, and the race detector makes it take many times as long.
-func init() { exploreDepth = 4 }
+// Nothing in the exploration is concurrent, and the race detector makes it take many times as long. It breaks down itself
+// with some ten thousand goroutines.
+func init() { exploreDepth, hangingCalls = 4, 2000 }
