@@ -31,7 +31,7 @@ func (p *proc) journal(dec Decision) {
 	err := dec.Journal(context.Background(), "row", []byte(id))
 	after := d.load()
 	completed := func(st *machine.State) bool { return st != nil && st.Gen == m.gen && st.Phase == machine.Completed }
-	m.settled = m.settled || after != nil && after.Settled >= m.gen && !after.Phase.Latched()
+	m.settled = m.settled || after != nil && after.Settled >= m.gen && !after.Phase.Latched() && !after.Kept(m.gen, m.ring, false)
 	m.sure = err == nil && dec.Enabled() && dec.Reason() != ReasonCompleted && !completed(before) && !completed(after)
 	// What is settled by a rollback takes no effects any more.
 	if m.sure && after != nil && (after.Gen == m.gen && after.Phase.Latched() || after.Settled >= m.gen && !m.settled) {
@@ -75,7 +75,7 @@ func (d *driver) undo(_ context.Context, e Effect) error {
 func (d *driver) wroteSteps(prev, next *machine.State) {
 	if prev.Gen == next.Gen && next.Phase == machine.Completed && next.Settled == next.Gen {
 		for _, m := range d.effects {
-			m.settled = m.settled || m.gen <= next.Settled
+			m.settled = m.settled || m.gen <= next.Settled && !next.Kept(m.gen, m.ring, false)
 		}
 	}
 	undone := func(gen uint64, ring string) {

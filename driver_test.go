@@ -200,8 +200,11 @@ func (p *proc) evaluate(passed time.Duration) {
 	p.mu.Lock()
 	st := p.known
 	p.mu.Unlock()
-	if st != nil && p.plan.Undoes && st.Settled > p.cleared && p.clear(context.Background(), st.Settled) == nil {
-		p.cleared = st.Settled
+	if st == nil || !p.plan.Undoes || st.Settled == 0 {
+		return
+	}
+	if now := (clearing{st.Settled, st.KeptRings()}); now != p.cleared && p.clear(context.Background(), st) == nil {
+		p.cleared = now
 	}
 }
 

@@ -225,9 +225,9 @@ type entry struct {
 	fail error // it cannot be read
 }
 
-// entries are what is journalled of the generations after settled up to gen, the newest first: those of one process in the
-// order they were journalled in, those of several by their clocks.
-func (r *Rollout) entries(ctx context.Context, settled, gen uint64, ring string) ([]entry, error) {
+// entries are what is journalled that a step covers, the newest first: those of one process in the order they were
+// journalled in, those of several by their clocks.
+func (r *Rollout) entries(ctx context.Context, covers func(gen uint64, ring string, unread bool) bool) ([]entry, error) {
 	all, err := useFor(ctx, r, max(r.storeTimeout(), listTimeout), func(ctx context.Context) (map[string][]byte, error) {
 		return r.effects.List(ctx, machine.EffectPrefix(r.name))
 	})
@@ -238,7 +238,7 @@ func (r *Rollout) entries(ctx context.Context, settled, gen uint64, ring string)
 	for key, doc := range all {
 		e := entry{key: key}
 		var ok bool
-		if e.gen, e.inc, e.n, ok = machine.ParseEffectKey(r.name, key); !ok || e.gen <= settled || e.gen > gen {
+		if e.gen, e.inc, e.n, ok = machine.ParseEffectKey(r.name, key); !ok {
 			continue
 		}
 		if err := json.Unmarshal(doc, &e.effect); err != nil {
@@ -246,7 +246,7 @@ func (r *Rollout) entries(ctx context.Context, settled, gen uint64, ring string)
 		} else if e.Format != effectFormat {
 			e.fail = fmt.Errorf("it has format %d, this library reads %d", e.Format, effectFormat)
 		}
-		if ring == "" || e.Ring == ring || e.fail != nil {
+		if covers(e.gen, e.Ring, e.fail != nil) {
 			es = append(es, e)
 		}
 	}
@@ -292,7 +292,7 @@ func (e entry) order(o entry) int {
 // is undone, so that what is left is to be undone yet.
 func (r *Rollout) undo(ctx context.Context, st *machine.State, step machine.StepState, fence string) (cause string, done int) {
 	for {
-		es, err := r.entries(ctx, st.Settled, step.Gen, step.Ring)
+		es, err := r.entries(ctx, step.Covers)
 		if err != nil {
 			return "list the journal: " + err.Error(), done
 		}
@@ -355,9 +355,11 @@ func (r *Rollout) remove(ctx context.Context, key string, rev uint64) error {
 	return nil
 }
 
-// clear removes what is journalled of generations that are settled.
-func (r *Rollout) clear(ctx context.Context, settled uint64) error {
-	es, err := r.entries(ctx, 0, settled, "")
+// clear removes what is journalled and settled in a state.
+func (r *Rollout) clear(ctx context.Context, st *machine.State) error {
+	es, err := r.entries(ctx, func(gen uint64, ring string, unread bool) bool {
+		return gen <= st.Settled && !st.Kept(gen, ring, unread)
+	})
 	if err != nil {
 		return err
 	}

@@ -422,6 +422,95 @@ func TestUndoOfRingAgain(t *testing.T) {
 	})
 }
 
+// TestUndoOfRingOutlastsCompletion: a ring whose effects are still not undone when the rest is completed has them undone
+// all the same, by itself or in a later rollback; what the others did is here to stay.
+func TestUndoOfRingOutlastsCompletion(t *testing.T) {
+	for _, then := range []string{"it is mended", "rolled back", "restarted and rolled back", "rolled back and stuck"} {
+		t.Run(then, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := warded(t, nil)
+				w.journal(w.Decide(w.of(Candidate, "staff")), "order staff")
+				w.journal(w.Decide(w.of(Candidate)), "order other")
+				w.failing(func(_ context.Context, e Effect) error { return errors.New("not yet") })
+				must(t, w.RollbackRing(t.Context(), "staff", ""))
+				minute()
+				w.completeAll(2)
+				time.Sleep(10 * time.Minute)
+				w.is(Completed, "")
+				if w.left() != 1 {
+					t.Errorf("%d effects are left", w.left())
+				}
+				tried := len(w.undone())
+				well := func(context.Context, Effect) error { return nil }
+				want := []string{"order staff"}
+				switch then {
+				case "it is mended":
+					w.failing(well)
+				case "rolled back":
+					w.failing(well)
+					must(t, w.Rollback(t.Context(), "after all"))
+				case "restarted and rolled back":
+					must(t, w.Restart(t.Context(), ""))
+					time.Sleep(10 * time.Minute)
+					w.journal(w.Decide(w.of(Candidate)), "order again")
+					tried = len(w.undone())
+					w.failing(well)
+					must(t, w.Rollback(t.Context(), ""))
+					want = []string{"order again", "order staff"}
+				case "rolled back and stuck":
+					must(t, w.Rollback(t.Context(), "after all"))
+					time.Sleep(10 * time.Minute)
+					w.is(Stuck, "")
+					tried = len(w.undone())
+					w.failing(well)
+					must(t, w.Rollback(t.Context(), "again"))
+				}
+				minute()
+				minute()
+				if got := w.undone()[tried:]; !slices.Equal(got, want) || w.left() != 0 {
+					t.Errorf("undone were %q, not %q; %d are left", got, want, w.left())
+				}
+				if then != "it is mended" {
+					w.is(RolledBack, "")
+				}
+			})
+		})
+	}
+}
+
+// TestUndoOfSettled: an effect that is settled and could not be dropped yet is undone by no later rollback.
+func TestUndoOfSettled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		w.journal(w.Decide(w.of(Candidate)), "order kept")
+		var broken atomic.Bool
+		broken.Store(true)
+		w.store.deleting(func() error {
+			if broken.Load() {
+				return errDown
+			}
+			return nil
+		})
+		w.completeAll(2)
+		minute()
+		must(t, w.Restart(t.Context(), ""))
+		minute()
+		w.journal(w.Decide(w.of(Candidate)), "order again")
+		if w.left() != 2 {
+			t.Fatalf("%d effects are left", w.left())
+		}
+		must(t, w.Rollback(t.Context(), ""))
+		broken.Store(false)
+		minute()
+		w.is(RolledBack, "")
+		w.wants("order again")
+		minute()
+		if w.left() != 0 {
+			t.Errorf("%d effects are left", w.left())
+		}
+	})
+}
+
 // TestUndoFails: an undo that errs, panics or hangs is tried again five times and holds up what is older; then the rollback
 // is Stuck until it is mended, or waived: the effect, its kind or all. Restart waits for that.
 func TestUndoFails(t *testing.T) {

@@ -134,7 +134,7 @@ type Rollout struct {
 	unknownLogged bool
 	rival         rival
 	lives         map[string]sign // of other processes with work under way
-	cleared       uint64          // the generation up to which the journal was cleared of what is settled
+	cleared       clearing        // what the journal was cleared of
 }
 
 // New returns a rollout of the policy, or every problem of it. It starts nothing and does no I/O. o may be nil.

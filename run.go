@@ -202,12 +202,18 @@ func (r *Rollout) stepsToRun() (run, idle bool) {
 	return r.now().Sub(r.rival.since) >= r.stepsPatience(have), true
 }
 
+// clearing is what of the journal is settled: generations up to one, but for so many rings' effects.
+type clearing struct {
+	gen  uint64
+	kept int
+}
+
 // clearJournal removes what is journalled of generations that are settled, once each.
 func (r *Rollout) clearJournal(ctx context.Context, work *sync.WaitGroup, busy chan struct{}) {
 	r.mu.Lock()
 	st := r.known
 	r.mu.Unlock()
-	if st == nil || !r.plan.Undoes || st.Settled <= r.cleared {
+	if st == nil || !r.plan.Undoes || st.Settled == 0 || r.cleared == (clearing{st.Settled, st.KeptRings()}) {
 		return
 	}
 	select {
@@ -215,10 +221,10 @@ func (r *Rollout) clearJournal(ctx context.Context, work *sync.WaitGroup, busy c
 	default:
 		return
 	}
-	r.cleared = st.Settled
+	r.cleared = clearing{st.Settled, st.KeptRings()}
 	work.Go(func() {
 		defer func() { <-busy }()
-		for attempt := 0; r.clear(ctx, st.Settled) != nil; attempt++ {
+		for attempt := 0; r.clear(ctx, st) != nil; attempt++ {
 			if !sleep(ctx, backoff(attempt)) {
 				return
 			}

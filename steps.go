@@ -54,7 +54,7 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 		if end.Effects > 0 {
 			attempts = 1 // it is another effect that failed
 		}
-		end.GiveUp = end.Cause != "" && step.Ring == "" && attempts >= r.attempts(step) // a ring is never given up
+		end.GiveUp = end.Cause != "" && st.Phase == machine.RollingBack && attempts >= r.attempts(step) // a ring alone is never given up
 		if !r.endAttempt(ctx, st, end) {
 			attempt = 0
 			continue

@@ -131,7 +131,7 @@ type State struct {
 	Beat   uint64      `json:"beat,omitempty"` // of the runner, while it lives
 
 	Effects bool   `json:"effects,omitempty"` // effects may be journalled, of this generation or of one before it
-	Settled uint64 `json:"settled,omitempty"` // effects of generations up to this one are undone, or are to stay
+	Settled uint64 `json:"settled,omitempty"` // effects of generations up to this one are undone, or are to stay, but for those of Steps
 
 	Incident *Incident `json:"incident,omitempty"`
 	History  []Change  `json:"history,omitempty"` // of this generation's shares, newest last
@@ -265,10 +265,11 @@ type StepState struct {
 	Waived   bool   `json:"waived,omitempty"` // done by an operator's word alone
 	Err      string `json:"err,omitempty"`    // of the last attempt
 
-	// Undo: the step is to undo what is journalled, of all generations that are not settled up to this one: of one ring, or
-	// of all.
+	// Undo: the step is to undo what is journalled, of the generations after From up to Gen: of one ring, or of all. What a
+	// completion settled before a ring's effects were undone is between the two.
 	Undo    bool     `json:"undo,omitempty"`
 	Ring    string   `json:"ring,omitempty"`
+	From    uint64   `json:"from,omitempty"`
 	Gen     uint64   `json:"gen,omitempty"`
 	Waives  []string `json:"waives,omitempty"`  // effects, or kinds of effects, that an operator has waived
 	Effects int      `json:"effects,omitempty"` // undone in it, as far as was counted

@@ -62,7 +62,7 @@ type Attempt struct {
 	Name    string // of the step
 	Gen     uint64 // of the step: what it undoes may have become more meanwhile
 	Cause   string // why it failed; "": it is done
-	GiveUp  bool   // no attempt is left: the rollback is stuck. A ring's undoing never is
+	GiveUp  bool   // no attempt is left: the rollback is stuck. A ring's undoing never is while the others go on
 	Effects int    // that it undid: some count as progress, and attempts begin anew
 }
 
@@ -89,7 +89,7 @@ func EndAttempt(s *State, p *Plan, now time.Time, a Attempt) []Event {
 	}
 	s.Beat++
 	m.event(Event{Kind: StepFailed, Ring: ring, Note: st.Name + ": " + st.Err})
-	if a.GiveUp && ring == "" {
+	if a.GiveUp && m.Phase == RollingBack {
 		m.phase(Stuck)
 		m.event(Event{Kind: RollbackStuck, Note: st.Name + ": " + st.Err, From: RollingBack, To: Stuck, Incident: s.Incident})
 	}
@@ -108,12 +108,35 @@ func (s *State) undoing() []StepState {
 	return steps
 }
 
+// Covers reports whether an effect of a generation and a ring is the step's to undo. Whose ring cannot be read is every
+// step's.
+func (st *StepState) Covers(gen uint64, ring string, unread bool) bool {
+	return st.Undo && gen > st.From && gen <= st.Gen && (st.Ring == "" || st.Ring == ring || unread)
+}
+
+// Kept reports whether an effect that is settled is to be undone all the same: its ring was rolled back alone before the
+// rest was completed.
+func (s *State) Kept(gen uint64, ring string, unread bool) bool {
+	return slices.ContainsFunc(s.undoing(), func(st StepState) bool { return st.Covers(gen, ring, unread) })
+}
+
+// KeptRings is how many rings' steps have effects to undo that are settled.
+func (s *State) KeptRings() (n int) {
+	for _, st := range s.undoing() {
+		if st.From < s.Settled {
+			n++
+		}
+	}
+	return n
+}
+
 // undoAlso adds the undoing of a ring's effects; where those of an earlier generation are not undone yet, these come with
 // them, so that no two steps have one name.
 func (m *move) undoAlso(ring string) {
-	step := StepState{Name: undoRing + ring + ")", Undo: true, Ring: ring, Gen: m.Gen}
+	step := StepState{Name: undoRing + ring + ")", Undo: true, Ring: ring, From: m.Settled, Gen: m.Gen}
 	m.Steps = slices.Clone(m.Steps)
 	if i := slices.IndexFunc(m.Steps, func(st StepState) bool { return st.Name == step.Name && !st.Done }); i >= 0 {
+		step.From = min(step.From, m.Steps[i].From)
 		step.Waives, step.Effects, step.Err = m.Steps[i].Waives, m.Steps[i].Effects, m.Steps[i].Err
 		m.Steps[i] = step
 		return
@@ -121,12 +144,11 @@ func (m *move) undoAlso(ring string) {
 	m.Steps = append(m.Steps, step)
 }
 
-// settle notes that no effect of this generation is to be undone any more: it was, or the candidate is here to stay.
+// settle notes that no effect of this generation is to be undone any more: it was, or the candidate is here to stay. What
+// is left of a ring that was rolled back alone is its own step's.
 func (m *move) settle() {
-	if (m.Phase == RolledBack || m.Phase == Completed) && len(m.undoing()) == 0 {
-		m.Settled = m.Gen
-		m.Ver++
-	}
+	m.Settled = m.Gen
+	m.Ver++
 }
 
 // waive takes an operator's word for a step, an effect or a kind of effects.
