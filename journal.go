@@ -303,7 +303,7 @@ func (r *Rollout) undo(ctx context.Context, st *machine.State, step machine.Step
 			if ctx.Err() != nil {
 				return context.Cause(ctx).Error(), done
 			}
-			if err := r.undoOne(ctx, &es[i], &step, fence); err != nil {
+			if err := r.undoOne(ctx, &es[i], st, fence); err != nil {
 				return fmt.Sprintf("%s: %s", es[i].key, err), done
 			}
 			done++
@@ -312,12 +312,12 @@ func (r *Rollout) undo(ctx context.Context, st *machine.State, step machine.Step
 }
 
 // undoOne undoes one effect and removes it, unless another process has done so.
-func (r *Rollout) undoOne(ctx context.Context, e *entry, step *machine.StepState, fence string) error {
+func (r *Rollout) undoOne(ctx context.Context, e *entry, st *machine.State, fence string) error {
 	_, rev, err := r.loadKey(ctx, e.key)
 	if err != nil || rev == 0 {
 		return err
 	}
-	if !step.Excuses(e.key, e.Kind) {
+	if !st.Excuses(e.key, e.Kind, e.Ring, e.gen) {
 		if e.fail != nil {
 			return e.fail
 		}

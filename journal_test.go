@@ -593,6 +593,45 @@ func TestUndoFails(t *testing.T) {
 	}
 }
 
+// TestWaiveOfRing: what is waived while a ring's effects are undone, the ring, a kind or an effect, is not undone by a later
+// rollback of everybody either; what is not, is.
+func TestWaiveOfRing(t *testing.T) {
+	for waived, want := range map[string][]string{
+		"(undo staff)": {"order other"}, "undo:order": {"mail staff", "order other"}, "the first": {"order staff", "order other"},
+	} {
+		t.Run(waived, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := warded(t, nil)
+				w.journal(w.Decide(w.of(Candidate)), "order other")
+				for _, payload := range []string{"order staff", "mail staff"} {
+					time.Sleep(time.Second)
+					w.journal(w.Decide(w.of(Candidate, "staff")), payload)
+				}
+				w.failing(func(context.Context, Effect) error { return errors.New("never") })
+				must(t, w.RollbackRing(t.Context(), "staff", ""))
+				minute()
+				step := waived
+				if step == "the first" {
+					step = w.full[0].Key
+				}
+				must(t, w.Waive(t.Context(), step, "by hand"))
+				minute()
+				tried := len(w.undone())
+				w.failing(nil)
+				must(t, w.Rollback(t.Context(), ""))
+				minute()
+				minute()
+				w.is(RolledBack, "")
+				got := w.undone()[tried:]
+				slices.Sort(got)
+				if slices.Sort(want); !slices.Equal(got, want) || w.left() != 0 {
+					t.Errorf("undone were %q, not %q; %d are left", got, want, w.left())
+				}
+			})
+		})
+	}
+}
+
 // TestWaiveStep: a step that keeps failing, or that nobody has any more, is waived by name, and the next one follows.
 func TestWaiveStep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

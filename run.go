@@ -339,10 +339,11 @@ func (r *Rollout) SetPercent(ctx context.Context, ring string, p Percent, note s
 	return r.verb(ctx, machine.Verb{Name: machine.VerbSetPercent, Ring: ring, Percent: float64(p), Note: note})
 }
 
-// Waive takes an operator's word for what a rollback cannot do by itself: a step, by its name; the undoing of an effect, by
-// its key as the step's error has it; of all effects of a kind, as "undo:KIND"; or "(undo)" for all that is still journalled. It
-// is not done, counts as done, and the rollback goes on, also where it is Stuck. It returns [ErrState] where there is no such
-// step.
+// Waive takes an operator's word for what a rollback cannot do by itself: a step, by its name; the undoing of an
+// effect, by its key as the step's error has it; of all effects of a kind, as "undo:KIND"; of a ring, as "(undo RING)";
+// or "(undo)" for all that is still journalled. It is not done, counts as done, and the rollback goes on, also where it
+// is Stuck. It stays waived in a later rollback: a kind in the rings that are being undone now. It returns [ErrState]
+// where there is no such step, and nil for what is waived already.
 func (r *Rollout) Waive(ctx context.Context, step, note string) error {
 	return r.verb(ctx, machine.Verb{Name: machine.VerbWaive, Step: step, Note: note})
 }

@@ -27,7 +27,7 @@ const (
 	MaxBytes    = 900 << 10
 
 	MaxRationales = 16 << 10 // bytes of an incident's rationales together
-	MaxWaives     = 256      // of one step
+	MaxWaives     = 256      // effects and kinds of effects that are waived
 )
 
 // Phase is where a rollout is. The zero value is Pending.
@@ -129,6 +129,8 @@ type State struct {
 	Runner string      `json:"runner,omitempty"`
 	Term   uint64      `json:"term,omitempty"` // fences the runner of steps
 	Beat   uint64      `json:"beat,omitempty"` // of the runner, while it lives
+
+	Waives []Waive `json:"waives,omitempty"` // what an operator has waived of effects that may not be settled
 
 	Effects bool   `json:"effects,omitempty"` // effects may be journalled, of this generation or of one before it
 	Settled uint64 `json:"settled,omitempty"` // effects of generations up to this one are undone, or are to stay, but for those of Steps
@@ -267,12 +269,18 @@ type StepState struct {
 
 	// Undo: the step is to undo what is journalled, of the generations after From up to Gen: of one ring, or of all. What a
 	// completion settled before a ring's effects were undone is between the two.
-	Undo    bool     `json:"undo,omitempty"`
-	Ring    string   `json:"ring,omitempty"`
-	From    uint64   `json:"from,omitempty"`
-	Gen     uint64   `json:"gen,omitempty"`
-	Waives  []string `json:"waives,omitempty"`  // effects, or kinds of effects, that an operator has waived
-	Effects int      `json:"effects,omitempty"` // undone in it, as far as was counted
+	Undo    bool   `json:"undo,omitempty"`
+	Ring    string `json:"ring,omitempty"`
+	From    uint64 `json:"from,omitempty"`
+	Gen     uint64 `json:"gen,omitempty"`
+	Effects int    `json:"effects,omitempty"` // undone in it, as far as was counted
+}
+
+// Waive is an operator's word that effects need not be undone, whichever step comes upon them.
+type Waive struct {
+	Name string `json:"name"`           // an effect's key, a kind as "undo:KIND", or the step of a ring
+	Ring string `json:"ring,omitempty"` // of the effects; "": of all
+	Gen  uint64 `json:"gen"`            // and of generations up to this one
 }
 
 // Change is one change of shares.
@@ -323,7 +331,7 @@ func (s *State) Clone() *State {
 	c.Sources = maps.Clone(s.Sources) // the values inside never change
 	c.Gates = s.Gates.Clone()
 	c.Reported, c.Acted = slices.Clone(s.Reported), slices.Clone(s.Acted)
-	c.Steps = slices.Clone(s.Steps)
+	c.Steps, c.Waives = slices.Clone(s.Steps), slices.Clone(s.Waives)
 	c.History = slices.Clone(s.History) // the maps inside never change
 	c.Notes = slices.Clone(s.Notes)
 	if s.Hold != nil {
@@ -428,9 +436,12 @@ func (s *State) check(name string) error {
 		}
 	}
 	for _, st := range s.Steps {
-		if st.Attempts < 0 || st.Effects < 0 || len(st.Waives) > MaxWaives {
+		if st.Attempts < 0 || st.Effects < 0 {
 			return fmt.Errorf("the journal of the step %q cannot be", st.Name)
 		}
+	}
+	if n := s.waived(); n > MaxWaives {
+		return fmt.Errorf("%d effects are waived", n)
 	}
 	if err := checkOpen(s.Lost); err != nil {
 		return err

@@ -13,6 +13,9 @@ const (
 	undoKind = "undo:"  // and the kind: of effects that an operator waives
 )
 
+// ringStep is the name of the step that undoes what is journalled of a ring.
+func ringStep(ring string) string { return undoRing + ring + ")" }
+
 // Reserved reports whether no step of a host may be called so.
 func Reserved(name string) bool {
 	return name == UndoStep || strings.HasPrefix(name, undoRing)
@@ -133,11 +136,11 @@ func (s *State) KeptRings() (n int) {
 // undoAlso adds the undoing of a ring's effects; where those of an earlier generation are not undone yet, these come with
 // them, so that no two steps have one name.
 func (m *move) undoAlso(ring string) {
-	step := StepState{Name: undoRing + ring + ")", Undo: true, Ring: ring, From: m.Settled, Gen: m.Gen}
+	step := StepState{Name: ringStep(ring), Undo: true, Ring: ring, From: m.Settled, Gen: m.Gen}
 	m.Steps = slices.Clone(m.Steps)
 	if i := slices.IndexFunc(m.Steps, func(st StepState) bool { return st.Name == step.Name && !st.Done }); i >= 0 {
 		step.From = min(step.From, m.Steps[i].From)
-		step.Waives, step.Effects, step.Err = m.Steps[i].Waives, m.Steps[i].Effects, m.Steps[i].Err
+		step.Effects, step.Err = m.Steps[i].Effects, m.Steps[i].Err
 		m.Steps[i] = step
 		return
 	}
@@ -156,33 +159,78 @@ func (m *move) waive(v Verb) error {
 	if v.Step == "" {
 		return m.refuse("name a step, an effect by its key, or a kind of effects as in undo:KIND")
 	}
-	c := slices.Clone(m.Steps)
-	i := slices.IndexFunc(c, func(st StepState) bool { return st.Name == v.Step })
-	if i >= 0 {
-		if c[i].Done {
-			return nil
+	i := slices.IndexFunc(m.Steps, func(st StepState) bool { return st.Name == v.Step })
+	switch {
+	case i >= 0 && m.Steps[i].Done:
+		return nil
+	case i >= 0:
+		st := &m.Steps[i]
+		st.Done, st.Waived = true, true
+		if st.Ring != "" { // what is left must not be undone by a later step either
+			m.Waives = slices.DeleteFunc(m.Waives, func(w Waive) bool { return w.Name == st.Name })
+			m.Waives = append(m.Waives, Waive{st.Name, st.Ring, st.Gen})
 		}
-		c[i].Done, c[i].Waived = true, true
-	} else {
-		if i = slices.IndexFunc(c, func(st StepState) bool { return st.Undo && !st.Done }); i < 0 || !EffectName(m.Name, v.Step) {
+	default:
+		known := slices.ContainsFunc(m.Waives, func(w Waive) bool { return w.Name == v.Step })
+		found := m.waivable(v.Step)
+		if len(found) == 0 && !known {
 			return m.refuse("there is no step " + clip(v.Step) + " to be waived")
 		}
-		if slices.Contains(c[i].Waives, v.Step) && m.Phase != Stuck {
+		found = slices.DeleteFunc(found, func(w Waive) bool { return slices.Contains(m.Waives, w) })
+		if len(found) == 0 && m.Phase != Stuck {
 			return nil
 		}
-		if len(c[i].Waives) >= MaxWaives {
+		if m.waived()+len(found) > MaxWaives {
+			m.Waives = m.unsettled()
+		}
+		if m.waived()+len(found) > MaxWaives {
 			return m.refuse("too many effects are waived; waive a kind, or " + UndoStep)
 		}
-		if !slices.Contains(c[i].Waives, v.Step) {
-			c[i].Waives = append(slices.Clone(c[i].Waives), v.Step)
-		}
+		m.Waives = append(m.Waives, found...)
 	}
-	m.Steps = c
 	from := m.Phase
 	m.again()
 	m.event(Event{Kind: StepWaived, Note: v.Step, From: from, To: m.Phase})
 	m.finish()
 	return nil
+}
+
+// waivable is what waiving an effect, or a kind, comes to in the steps that are to undo it yet.
+func (m *move) waivable(name string) (found []Waive) {
+	if !EffectName(m.Name, name) {
+		return nil
+	}
+	gen, _, _, isKey := ParseEffectKey(m.Name, name)
+	for _, st := range m.Steps {
+		switch {
+		case st.Done || !st.Undo:
+		case !isKey:
+			found = append(found, Waive{name, st.Ring, st.Gen})
+		case st.Covers(gen, "", true):
+			return []Waive{{Name: name, Gen: gen}}
+		}
+	}
+	return found
+}
+
+// waived is how many effects, or kinds, are waived.
+func (s *State) waived() (n int) {
+	for _, w := range s.Waives {
+		if w.Name != ringStep(w.Ring) {
+			n++
+		}
+	}
+	return n
+}
+
+// unsettled are the waives of effects that may be to be undone yet.
+func (s *State) unsettled() (ws []Waive) {
+	for _, w := range s.Waives {
+		if w.Gen > s.Settled || slices.ContainsFunc(s.undoing(), func(st StepState) bool { return w.Gen > st.From }) {
+			ws = append(ws, w)
+		}
+	}
+	return ws
 }
 
 // again lets a rollback that is stuck try once more.
