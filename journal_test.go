@@ -422,6 +422,68 @@ func TestUndoOfRingAgain(t *testing.T) {
 	})
 }
 
+// TestUndoOfRings: a ring whose undoing fails holds up neither another ring's nor a rollback of everybody, and a pause after
+// a failure ends when something is waived.
+func TestUndoOfRings(t *testing.T) {
+	failing := func(t *testing.T) (w *ward, begun *atomic.Int64) {
+		begun = new(atomic.Int64)
+		w = warded(t, func(p *Policy) {
+			p.Rings = []Ring{{Name: "staff"}, {Name: "beta"}}
+			p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error {
+				begun.CompareAndSwap(0, time.Now().UnixNano())
+				return nil
+			}}}
+		})
+		w.journal(w.Decide(w.of(Candidate, "staff")), "order staff")
+		w.journal(w.Decide(w.of(Candidate, "beta")), "order beta")
+		w.failing(func(_ context.Context, e Effect) error {
+			if e.Ring == "staff" {
+				return errors.New("never")
+			}
+			return nil
+		})
+		must(t, w.RollbackRing(t.Context(), "staff", ""))
+		time.Sleep(10 * time.Minute)
+		for n := len(w.undone()); len(w.undone()) == n; { // the pause has just begun
+			time.Sleep(time.Second / 4)
+		}
+		w.mu.Lock()
+		w.log = nil
+		w.mu.Unlock()
+		return w, begun
+	}
+	synctest.Test(t, func(t *testing.T) {
+		w, _ := failing(t)
+		must(t, w.RollbackRing(t.Context(), "beta", ""))
+		time.Sleep(time.Second)
+		synctest.Wait()
+		w.wants("order beta")
+		time.Sleep(3 * time.Minute)
+		if got := w.undone(); len(got) < 3 || got[len(got)-1] != "order staff" {
+			t.Errorf("staff is not tried again: %q", got)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		w, begun := failing(t)
+		at := time.Now()
+		must(t, w.Rollback(t.Context(), "now"))
+		minute()
+		if late := time.Unix(0, begun.Load()).Sub(at); late > time.Second {
+			t.Errorf("the first step began %v after Rollback had returned", late)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		w, _ := failing(t)
+		must(t, w.Waive(t.Context(), "undo:order", ""))
+		time.Sleep(time.Second)
+		synctest.Wait()
+		w.wants()
+		if steps := w.Status().Steps; w.left() != 1 || len(steps) != 1 || !steps[0].Done {
+			t.Errorf("%d effects are left; %+v", w.left(), steps)
+		}
+	})
+}
+
 // TestUndoOfRingOutlastsCompletion: a ring whose effects are still not undone when the rest is completed has them undone
 // all the same, by itself or in a later rollback; what the others did is here to stay.
 func TestUndoOfRingOutlastsCompletion(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/stagedrollout/rollout/internal/machine"
 )
@@ -55,14 +56,44 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 			attempts = 1 // it is another effect that failed
 		}
 		end.GiveUp = end.Cause != "" && st.Phase == machine.RollingBack && attempts >= r.attempts(step) // a ring alone is never given up
-		if !r.endAttempt(ctx, st, end) {
-			attempt = 0
-			continue
-		}
-		if !sleep(ctx, backoff(attempts-1)) {
+		attempt = 0
+		r.endAttempt(ctx, st, end)
+		r.pause(ctx)
+	}
+}
+
+// pause waits before the step that is to be made next, the longer the more often it has failed, or until it is another one
+// or something was waived.
+func (r *Rollout) pause(ctx context.Context) {
+	was, waived := r.nextStep()
+	if was.Attempts == 0 {
+		return
+	}
+	t := time.NewTimer(backoff(was.Attempts - 1))
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
 			return
+		case <-ctx.Done():
+			return
+		case <-r.turned:
+			if now, waives := r.nextStep(); now != was || waives != waived {
+				return
+			}
 		}
 	}
+}
+
+// nextStep is the step that this process is to make next as far as it knows, the zero value if none, and how much is waived.
+func (r *Rollout) nextStep() (next machine.StepState, waives int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.known == nil || r.known.Runner != r.me() {
+		return machine.StepState{}, 0
+	}
+	next, _ = machine.NextStep(r.known)
+	return next, len(r.known.Waives)
 }
 
 // release lets another process run the steps at once, instead of waiting for signs of life.
@@ -77,8 +108,8 @@ func (r *Rollout) release(st *machine.State) {
 	})
 }
 
-// endAttempt stores how an attempt ended, however long the Store takes, and reports whether another one follows.
-func (r *Rollout) endAttempt(ctx context.Context, st *machine.State, end machine.Attempt) (again bool) {
+// endAttempt stores how an attempt ended, however long the Store takes.
+func (r *Rollout) endAttempt(ctx context.Context, st *machine.State, end machine.Attempt) {
 	for attempt := 0; ; attempt++ {
 		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
 			if s.Term != st.Term {
@@ -86,11 +117,8 @@ func (r *Rollout) endAttempt(ctx context.Context, st *machine.State, end machine
 			}
 			return machine.EndAttempt(s, r.plan, r.now(), end), nil
 		})
-		if err == nil {
-			return end.Cause != "" && !end.GiveUp
-		}
-		if !sleep(ctx, backoff(attempt)) {
-			return false
+		if err == nil || !sleep(ctx, backoff(attempt)) {
+			return
 		}
 	}
 }
@@ -127,7 +155,7 @@ func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.S
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var beats sync.WaitGroup
-	beats.Go(func() { r.beat(ctx, cancel, st) })
+	beats.Go(func() { r.beat(ctx, cancel, st, step) })
 	defer beats.Wait()
 	defer cancel()
 	if !r.awaitSessions(ctx) { // those of a rollback that was not known before the attempt was stored
@@ -154,12 +182,10 @@ func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.S
 
 // beat shows once a tick that the runner of the steps is alive, and ends the attempt where another one has taken over, or
 // where the step needs none any more.
-func (r *Rollout) beat(ctx context.Context, cancel func(), st *machine.State) {
-	was, _ := machine.NextStep(st)
+func (r *Rollout) beat(ctx context.Context, cancel func(), st *machine.State, step machine.StepState) {
 	for sleep(ctx, r.o.Interval) {
 		_, _ = r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
-			now, ok := machine.NextStep(s)
-			if s.Term != st.Term || !ok || now.Name != was.Name || now.Gen != was.Gen {
+			if s.Term != st.Term || !s.Needs(step.Name, step.Gen) {
 				cancel()
 				return nil, nil
 			}

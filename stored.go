@@ -278,6 +278,7 @@ func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []
 		r.markLocked(st)
 		r.revokeLocked()
 		r.journal.settle(st.Settled)
+		signal(r.turned)
 	}
 	r.mu.Unlock()
 	for _, e := range events {

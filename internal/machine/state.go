@@ -263,6 +263,7 @@ type HoldCause struct {
 type StepState struct {
 	Name     string `json:"name"`
 	Attempts int    `json:"attempts,omitempty"`
+	Turn     uint64 `json:"turn,omitempty"` // grows with every attempt at any step
 	Done     bool   `json:"done,omitempty"`
 	Waived   bool   `json:"waived,omitempty"` // done by an operator's word alone
 	Err      string `json:"err,omitempty"`    // of the last attempt

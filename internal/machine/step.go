@@ -435,7 +435,7 @@ func (m *move) rollback(in *Incident) {
 	}
 	for _, st := range rings {
 		if st.From < m.Settled { // what else it has is everybody's now
-			st.Attempts = 0
+			st.Attempts, st.Turn = 0, 0
 			m.Steps = append(m.Steps, st)
 		}
 	}

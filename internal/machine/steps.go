@@ -21,14 +21,45 @@ func Reserved(name string) bool {
 	return name == UndoStep || strings.HasPrefix(name, undoRing)
 }
 
-// next is the index of the step to be made next, or -1: in a rollback the first that is not done, else that of a ring
-// which was rolled back alone.
+// next is the index of the step to be made next, or -1: in a rollback the first that is not done, else of the rings that
+// were rolled back alone the one whose step was not attempted for longest.
 func (s *State) next() int {
-	if s == nil || s.Phase == Stuck || s.Phase == RolledBack {
+	if s == nil {
 		return -1
 	}
-	return slices.IndexFunc(s.Steps, func(st StepState) bool { return !st.Done && (s.Phase == RollingBack || st.Ring != "") })
+	next := -1
+	for i, st := range s.Steps {
+		if s.due(i) && (next < 0 || st.Turn < s.Steps[next].Turn) {
+			next = i
+		}
+	}
+	return next
 }
+
+// due reports whether a step may be made now. No step of a rollback is before the one before it is done; rings that were
+// rolled back alone do not wait for each other.
+func (s *State) due(i int) bool {
+	switch st := s.Steps[i]; {
+	case st.Done || s.Phase == Stuck || s.Phase == RolledBack:
+		return false
+	case s.Phase == RollingBack:
+		return !slices.ContainsFunc(s.Steps[:i], func(st StepState) bool { return !st.Done })
+	default:
+		return st.Ring != ""
+	}
+}
+
+// attempted is the index of the step that an attempt is at, or -1 if it needs none any more.
+func (s *State) attempted(name string, gen uint64) int {
+	i := slices.IndexFunc(s.Steps, func(st StepState) bool { return st.Name == name && st.Gen == gen && !st.Done })
+	if i >= 0 && s.due(i) {
+		return i
+	}
+	return -1
+}
+
+// Needs reports whether an attempt at a step is of any use yet.
+func (s *State) Needs(name string, gen uint64) bool { return s.attempted(name, gen) >= 0 }
 
 // NextStep is the step to be made next.
 func NextStep(s *State) (st StepState, ok bool) {
@@ -56,7 +87,12 @@ func BeginAttempt(s *State, runner string, takeOver bool) int {
 	}
 	s.Beat++
 	s.Steps = slices.Clone(s.Steps)
+	last := uint64(0)
+	for _, st := range s.Steps {
+		last = max(last, st.Turn)
+	}
 	s.Steps[i].Attempts++
+	s.Steps[i].Turn = last + 1
 	return i
 }
 
@@ -72,8 +108,8 @@ type Attempt struct {
 // EndAttempt records how an attempt ended. It changes nothing where the step is not there any more or needs no attempt.
 func EndAttempt(s *State, p *Plan, now time.Time, a Attempt) []Event {
 	m := move{State: s, p: p, now: now}
-	i := s.next()
-	if i < 0 || s.Steps[i].Name != a.Name || s.Steps[i].Gen != a.Gen {
+	i := s.attempted(a.Name, a.Gen)
+	if i < 0 {
 		return nil
 	}
 	s.Steps = slices.Clone(s.Steps)
@@ -140,7 +176,7 @@ func (m *move) undoAlso(ring string) {
 	m.Steps = slices.Clone(m.Steps)
 	if i := slices.IndexFunc(m.Steps, func(st StepState) bool { return st.Name == step.Name && !st.Done }); i >= 0 {
 		step.From = min(step.From, m.Steps[i].From)
-		step.Effects, step.Err = m.Steps[i].Effects, m.Steps[i].Err
+		step.Effects, step.Err, step.Turn = m.Steps[i].Effects, m.Steps[i].Err, m.Steps[i].Turn
 		m.Steps[i] = step
 		return
 	}

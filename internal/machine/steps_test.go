@@ -127,3 +127,64 @@ func TestWaiveTooMany(t *testing.T) {
 		t.Errorf("waived are %v", s.Waives)
 	}
 }
+
+// TestRingsTakeTurns: of rings that were rolled back alone the one is next that waited longest, also where an attempt never
+// ends; an attempt under way goes on when another ring is next. A rollback of everybody keeps its order.
+func TestRingsTakeTurns(t *testing.T) {
+	s, p := undoing(t)
+	apply(t, s, p, ringBack("staff"))
+	var tried []string
+	try := func(cause string) {
+		i := BeginAttempt(s, "r", true)
+		tried = append(tried, s.Steps[i].Name)
+		if cause != "it dies" {
+			EndAttempt(s, p, epoch0, Attempt{Name: s.Steps[i].Name, Gen: s.Steps[i].Gen, Cause: cause, GiveUp: true})
+		}
+	}
+	is := func(want ...string) {
+		t.Helper()
+		if !slices.Equal(tried, want) {
+			t.Errorf("tried were %q, not %q", tried, want)
+		}
+		tried = nil
+	}
+	for range 3 {
+		try("no")
+	}
+	is("(undo staff)", "(undo staff)", "(undo staff)")
+	i := BeginAttempt(s, "r", true)
+	apply(t, s, p, ringBack("beta"))
+	if next, _ := NextStep(s); next.Ring != "beta" || !s.Needs("(undo staff)", 1) {
+		t.Errorf("next is %q", next.Name)
+	}
+	EndAttempt(s, p, epoch0, Attempt{Name: "(undo staff)", Gen: 1, Cause: "no"})
+	if s.Steps[i].Err != "no" {
+		t.Errorf("%+v", s.Steps[i])
+	}
+	for range 2 {
+		try("no")
+		try("it dies")
+		try("no")
+	}
+	is("(undo beta)", "(undo staff)", "(undo beta)", "(undo staff)", "(undo beta)", "(undo staff)")
+	apply(t, s, p, startAgain)
+	Step(s, p, Input{MayAdvance: true, Now: epoch0})
+	apply(t, s, p, ringBack("staff"))
+	try("no")
+	try("")
+	is("(undo beta)", "(undo staff)")
+	if s.Needs("(undo staff)", 2) || s.Needs("(undo beta)", 2) || !s.Needs("(undo beta)", 1) {
+		t.Errorf("%+v", s.Steps)
+	}
+	apply(t, s, p, rollBack)
+	if s.Needs("(undo beta)", 1) || s.Needs(UndoStep, 2) {
+		t.Errorf("%+v", s.Steps)
+	}
+	try("no")
+	apply(t, s, p, rollBack)
+	try("")
+	try("")
+	if is("one", "one", UndoStep); s.Phase != RolledBack {
+		t.Errorf("it is %v", s.Phase)
+	}
+}
