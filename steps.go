@@ -47,9 +47,10 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 		idle = false // the term is ours, or was lost
 		end := machine.Attempt{Name: step.Name, Gen: step.Gen}
 		end.Cause, end.Effects = r.attempt(ctx, st, step)
-		if ctx.Err() != nil && end.Cause != "" {
-			r.release(st)
-			return // stopped, not failed: whoever comes next starts it again
+		if ctx.Err() != nil {
+			end.Stopped = end.Cause != "" // not failed: whoever comes next starts it again
+			r.release(st, end)
+			return
 		}
 		attempts := step.Attempts
 		if end.Effects > 0 {
@@ -96,15 +97,17 @@ func (r *Rollout) nextStep() (next machine.StepState, waives int) {
 	return next, len(r.known.Waives)
 }
 
-// release lets another process run the steps at once, instead of waiting for signs of life.
-func (r *Rollout) release(st *machine.State) {
+// release stores how the last attempt of a Run ended, and lets another process run the steps at once, instead of waiting for
+// signs of life.
+func (r *Rollout) release(st *machine.State, end machine.Attempt) {
 	ctx, cancel := context.WithTimeout(context.Background(), stepGrace)
 	defer cancel()
 	_, _ = r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
-		if s.Term == st.Term {
-			s.Runner = ""
+		if s.Term != st.Term {
+			return nil, nil
 		}
-		return nil, nil
+		s.Runner = ""
+		return machine.EndAttempt(s, r.plan, r.now(), end), nil
 	})
 }
 

@@ -103,6 +103,7 @@ type Attempt struct {
 	Cause   string // why it failed; "": it is done
 	GiveUp  bool   // no attempt is left: the rollback is stuck. A ring's undoing never is while the others go on
 	Effects int    // that it undid: some count as progress, and attempts begin anew
+	Stopped bool   // from outside, before it was done: that is no failure, and uses up no attempt
 }
 
 // EndAttempt records how an attempt ended. It changes nothing where the step is not there any more or needs no attempt.
@@ -114,11 +115,15 @@ func EndAttempt(s *State, p *Plan, now time.Time, a Attempt) []Event {
 	}
 	s.Steps = slices.Clone(s.Steps)
 	st := &s.Steps[i]
-	st.Err = clip(a.Cause)
 	st.Effects += a.Effects
 	if a.Effects > 0 {
 		st.Attempts = 1
 	}
+	if a.Stopped {
+		st.Attempts = max(st.Attempts-1, 0)
+		return nil
+	}
+	st.Err = clip(a.Cause)
 	ring := st.Ring
 	if a.Cause == "" {
 		st.Done = true
@@ -174,13 +179,15 @@ func (s *State) KeptRings() (n int) {
 func (m *move) undoAlso(ring string) {
 	step := StepState{Name: ringStep(ring), Undo: true, Ring: ring, From: m.Settled, Gen: m.Gen}
 	m.Steps = slices.Clone(m.Steps)
-	if i := slices.IndexFunc(m.Steps, func(st StepState) bool { return st.Name == step.Name && !st.Done }); i >= 0 {
-		step.From = min(step.From, m.Steps[i].From)
-		step.Effects, step.Err, step.Turn = m.Steps[i].Effects, m.Steps[i].Err, m.Steps[i].Turn
-		m.Steps[i] = step
+	i := slices.IndexFunc(m.Steps, func(st StepState) bool { return st.Name == step.Name })
+	if i < 0 {
+		m.Steps = append(m.Steps, step)
 		return
 	}
-	m.Steps = append(m.Steps, step)
+	if was := m.Steps[i]; !was.Done {
+		step.From, step.Effects, step.Err, step.Turn = min(step.From, was.From), was.Effects, was.Err, was.Turn
+	}
+	m.Steps[i] = step
 }
 
 // settle notes that no effect of this generation is to be undone any more: it was, or the candidate is here to stay. What

@@ -176,6 +176,12 @@ func TestRingsTakeTurns(t *testing.T) {
 	if s.Needs("(undo staff)", 2) || s.Needs("(undo beta)", 2) || !s.Needs("(undo beta)", 1) {
 		t.Errorf("%+v", s.Steps)
 	}
+	try("")
+	is("(undo beta)")
+	apply(t, s, p, ringBack("beta")) // which was done, and has something else to be undone
+	if n := len(s.Steps); n != 2 || !s.Needs("(undo beta)", 2) {
+		t.Errorf("%+v", s.Steps)
+	}
 	apply(t, s, p, rollBack)
 	if s.Needs("(undo beta)", 1) || s.Needs(UndoStep, 2) {
 		t.Errorf("%+v", s.Steps)
