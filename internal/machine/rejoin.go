@@ -31,6 +31,9 @@ func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State,
 		for _, ring := range slices.Concat(stored.Rings, known.Rings) {
 			if !slices.Contains(s.Rings, ring) {
 				s.Rings = append(s.Rings, ring)
+				if s.Effects && !s.Phase.Latched() {
+					m.undoAlso(ring)
+				}
 			}
 		}
 		if stored.Phase.Latched() && !s.Phase.Latched() {

@@ -194,3 +194,15 @@ func TestRingsTakeTurns(t *testing.T) {
 		t.Errorf("it is %v", s.Phase)
 	}
 }
+
+// TestRejoinUndoes: a ring's rollback that the stored state has forgotten is joined with the undoing of its effects.
+func TestRejoinUndoes(t *testing.T) {
+	s, p := undoing(t)
+	apply(t, s, p, Verb{Name: VerbSetPercent, Ring: "staff"})
+	stored := s.Clone()
+	apply(t, s, p, ringBack("staff"), waiving("undo:order"))
+	joined, _ := Rejoin(stored, s, p, "m", epoch0)
+	if !slices.Equal(joined.Rings, []string{"staff"}) || !joined.Needs("(undo staff)", 1) || !joined.Excuses("", "order", "staff", 1) {
+		t.Errorf("joined are %v with %+v and %v", joined.Rings, joined.Steps, joined.Waives)
+	}
+}
