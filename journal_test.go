@@ -309,7 +309,8 @@ func TestJournalDropped(t *testing.T) {
 // TestUndoOfReplaced: a version that replaces another one before it was completed takes its effects over: a rollback
 // gives everybody the stable version, so they are undone as well; a completion keeps them.
 func TestUndoOfReplaced(t *testing.T) {
-	for _, rolledBack := range []bool{true, false} {
+	for _, then := range []string{"rolled back", "completed", "completed by a version with nothing to undo"} {
+		rolledBack, none := then == "rolled back", then == "completed by a version with nothing to undo"
 		synctest.Test(t, func(t *testing.T) {
 			w := &ward{store: &faulty{Store: MemStore()}}
 			p := w.policy()
@@ -323,6 +324,13 @@ func TestUndoOfReplaced(t *testing.T) {
 			one.stop()
 			w.journal(w.Decide(w.of(Candidate)), "order 2")
 			if !rolledBack {
+				if none { // the completing version has nothing to undo
+					w.stop()
+					p = talks(SessionPolicy{})
+					p.Version = "3"
+					w.process = start(t, "x", p, Options{Store: w.store})
+					minute()
+				}
 				w.completeAll(2)
 				minute()
 				w.wants()

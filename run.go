@@ -213,7 +213,7 @@ func (r *Rollout) clearJournal(ctx context.Context, work *sync.WaitGroup, busy c
 	r.mu.Lock()
 	st := r.known
 	r.mu.Unlock()
-	if st == nil || !r.plan.Undoes || st.Settled == 0 || r.cleared == (clearing{st.Settled, st.KeptRings()}) {
+	if st == nil || st.Settled == 0 || r.cleared == (clearing{st.Settled, st.KeptRings()}) {
 		return
 	}
 	select {
