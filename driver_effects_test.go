@@ -110,6 +110,14 @@ func (d *driver) wroteSteps(prev, next *machine.State) {
 	}
 }
 
+// begins reports whether a write begins an attempt at a step.
+func begins(prev, next *machine.State) bool {
+	return slices.ContainsFunc(next.Steps, func(s machine.StepState) bool {
+		was := slices.IndexFunc(prev.Steps, func(o machine.StepState) bool { return o.Name == s.Name && o.Gen == s.Gen })
+		return s.Turn > 0 && (was < 0 || s.Turn > prev.Steps[was].Turn)
+	})
+}
+
 // checkSessions judges which sessions are revoked.
 func (p *proc) checkSessions(known *machine.State) {
 	for _, s := range p.sessions {

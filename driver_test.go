@@ -200,7 +200,7 @@ func (p *proc) evaluate(passed time.Duration) {
 	p.mu.Lock()
 	st := p.known
 	p.mu.Unlock()
-	if st == nil || !p.plan.Undoes || st.Settled == 0 {
+	if st == nil || st.Settled == 0 {
 		return
 	}
 	if now := (clearing{st.Settled, st.KeptRings()}); now != p.cleared && p.clear(context.Background(), st) == nil {
@@ -227,7 +227,6 @@ func (p *proc) steps(one bool) {
 		limit = 100 * time.Millisecond // shorter than any pause
 		p.d.store.left = 2             // that it begins, and how it ended
 	}
-	p.d.store.came = false
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	p.runSteps(ctx, idle)
 	cancel()
@@ -473,6 +472,9 @@ func (d *driver) wrote() {
 		d.begins(prev, next)
 	}
 	d.wroteSteps(prev, next)
+	if begins(prev, next) {
+		d.store.came = false
+	}
 }
 
 // stays judges a write within a generation.
@@ -584,7 +586,7 @@ type unsure struct {
 	left   int      // so many writes are answered, then none; below 0: all
 	held   []func() // writes that are made later
 	before func()   // comes before the call after so many
-	came   bool     // it has, in the steps under way
+	came   bool     // it has, since the last attempt at a step began
 	early  int
 	calls  int
 }
