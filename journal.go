@@ -337,7 +337,7 @@ func (r *Rollout) undoOne(ctx context.Context, e *entry, st *machine.State, fenc
 			return err
 		}
 	}
-	return r.remove(ctx, e.key, rev)
+	return r.remove(context.WithoutCancel(ctx), e.key, rev) // or it would be undone again
 }
 
 // remove deletes a key, whoever is first.

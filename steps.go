@@ -2,6 +2,7 @@ package rollout
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -19,9 +20,10 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 	for attempt := 0; ctx.Err() == nil; {
 		var st *machine.State
 		var step machine.StepState
+		var at time.Time
 		begun := false
 		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
-			begun = false
+			begun, at = false, time.Now()
 			if next, ok := machine.NextStep(s); ok {
 				if r.canRun(next) || idle {
 					if i := machine.BeginAttempt(s, r.me(), idle); i >= 0 {
@@ -45,8 +47,7 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 			return
 		}
 		idle = false // the term is ours, or was lost
-		end := machine.Attempt{Name: step.Name, Gen: step.Gen}
-		end.Cause, end.Effects = r.attempt(ctx, st, step)
+		end := r.attempt(ctx, st, step, at)
 		if ctx.Err() != nil {
 			end.Stopped = end.Cause != "" // not failed: whoever comes next starts it again
 			r.release(st, end)
@@ -56,7 +57,7 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 		if end.Effects > 0 {
 			attempts = 1 // it is another effect that failed
 		}
-		end.GiveUp = end.Cause != "" && st.Phase == machine.RollingBack && attempts >= r.attempts(step) // a ring alone is never given up
+		end.GiveUp = end.Cause != "" && !end.Stopped && st.Phase == machine.RollingBack && attempts >= r.attempts(step) // a ring alone is never given up
 		attempt = 0
 		r.endAttempt(ctx, st, end)
 		r.pause(ctx)
@@ -153,14 +154,24 @@ func (r *Rollout) attempts(st machine.StepState) int {
 	return step.Attempts
 }
 
-// attempt makes one attempt at a step and returns why it failed, and how many effects were undone.
-func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.StepState) (cause string, effects int) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+// errCutOff ends an attempt before another process may take over.
+var errCutOff = errors.New("the Store has not answered for so long that another process may take over")
+
+// attempt makes one attempt at a step, which was stored at a time, and returns how it ended.
+func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.StepState, at time.Time) machine.Attempt {
+	ctx, cancel := context.WithCancelCause(ctx)
 	var beats sync.WaitGroup
-	beats.Go(func() { r.beat(ctx, cancel, st, step) })
-	defer beats.Wait()
-	defer cancel()
+	beats.Go(func() { r.beat(ctx, cancel, st, step, at) })
+	end := machine.Attempt{Name: step.Name, Gen: step.Gen}
+	end.Cause, end.Effects = r.try(ctx, st, step)
+	end.Stopped = end.Cause != "" && context.Cause(ctx) == errCutOff
+	cancel(nil)
+	beats.Wait()
+	return end
+}
+
+// try makes an attempt and returns why it failed, and how many effects were undone.
+func (r *Rollout) try(ctx context.Context, st *machine.State, step machine.StepState) (cause string, effects int) {
 	if !r.awaitSessions(ctx) { // those of a rollback that was not known before the attempt was stored
 		return context.Cause(ctx).Error(), 0
 	}
@@ -184,16 +195,23 @@ func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.S
 }
 
 // beat shows once a tick that the runner of the steps is alive, and ends the attempt where another one has taken over, or
-// where the step needs none any more.
-func (r *Rollout) beat(ctx context.Context, cancel func(), st *machine.State, step machine.StepState) {
+// may do so soon because none of these signs was stored lately, or where the step needs none any more.
+func (r *Rollout) beat(ctx context.Context, cancel context.CancelCauseFunc, st *machine.State, step machine.StepState, at time.Time) {
+	lease := r.stepsPatience(true) * 2 / 3
+	over := time.AfterFunc(time.Until(at.Add(lease)), func() { cancel(errCutOff) })
+	defer over.Stop()
 	for sleep(ctx, r.o.Interval) {
-		_, _ = r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
 			if s.Term != st.Term || !s.Needs(step.Name, step.Gen) {
-				cancel()
+				cancel(nil)
 				return nil, nil
 			}
+			at = time.Now()
 			s.Beat++
 			return nil, nil
 		})
+		if err == nil {
+			over.Reset(time.Until(at.Add(lease)))
+		}
 	}
 }
