@@ -217,6 +217,46 @@ func TestOutageIsNoFailure(t *testing.T) {
 	})
 }
 
+// TestOutlivedFailure: a failure that is told after another process has taken over counts for nothing, were it the last one
+// before Stuck.
+func TestOutlivedFailure(t *testing.T) {
+	for _, attempts := range []int{1, 2} {
+		synctest.Test(t, func(t *testing.T) {
+			store := MemStore()
+			f := &faulty{Store: store}
+			calls := 0
+			p := talks(SessionPolicy{})
+			p.Rollback = []RollbackStep{{Name: "one", Attempts: attempts, Timeout: time.Hour, Do: func(ctx context.Context, _ Incident) error {
+				if calls++; calls == 1 {
+					f.set(down, down, nil) // cut off, and it fails
+					return errors.New("too late")
+				}
+				if !sleep(ctx, 2*time.Minute) {
+					return ctx.Err()
+				}
+				return nil
+			}}}
+			r := start(t, "x", p, Options{Store: f})
+			must(t, r.Rollback(t.Context(), "stop"))
+			synctest.Wait()
+			other := start(t, "x", p, Options{Store: store})
+			time.Sleep(45 * time.Second)
+			synctest.Wait()
+			f.set(nil, nil, nil)
+			minute()
+			if st := inStore(t, store); calls != 2 || st.Phase != machine.RollingBack || st.Steps[0].Err != "" {
+				t.Errorf("%d calls; it is %v, %+v", calls, st.Phase, st.Steps)
+			}
+			minute()
+			minute()
+			other.is(RolledBack, "")
+			if calls != 2 {
+				t.Errorf("%d calls", calls)
+			}
+		})
+	}
+}
+
 // TestOutlivedRevoke: OnRevoke is called by the process that has the session, at most once; no other process calls it for
 // a session of one that is gone, and the session's pin is refused.
 func TestOutlivedRevoke(t *testing.T) {
