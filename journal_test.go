@@ -226,11 +226,12 @@ func TestJournalFull(t *testing.T) {
 		w := warded(t, nil)
 		d := w.Decide(w.of(Candidate))
 		w.journal(d, "order 1")
-		w.Rollout.journal.count = MaxEffects
+		taken := func(count, bytes int) { w.Rollout.journal.taken[shelf{1, Everyone}] = room{count, bytes} }
+		taken(MaxEffects, 100)
 		if err := d.Journal(t.Context(), "order", nil); !errors.Is(err, ErrJournalFull) {
 			t.Errorf("%v", err)
 		}
-		w.Rollout.journal.count, w.Rollout.journal.bytes = 1, maxJournal-100
+		taken(1, maxJournal-100)
 		if err := d.Journal(t.Context(), "order", nil); !errors.Is(err, ErrJournalFull) {
 			t.Errorf("%v", err)
 		}
@@ -243,6 +244,150 @@ func TestJournalFull(t *testing.T) {
 		minute()
 		w.journal(w.Decide(w.of(Candidate)), "order 2")
 	})
+}
+
+// TestJournalMakesRoom: what was never written takes no room, what may have been written only until that is known, and what
+// is undone none.
+func TestJournalMakesRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		d, staff := w.Decide(w.of(Candidate)), w.Decide(w.of(Candidate, "staff"))
+		j := &w.Rollout.journal
+		is := func(when string, others, inner, doubts int) {
+			t.Helper()
+			j.mu.Lock()
+			defer j.mu.Unlock()
+			if o, i := j.taken[shelf{1, Everyone}].count, j.taken[shelf{1, "staff"}].count; o != others || i != inner || len(j.doubt) != doubts {
+				t.Errorf("%s: %d and %d are taken, %d in doubt", when, o, i, len(j.doubt))
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		fails := func(ctx context.Context, want error) {
+			t.Helper()
+			if err := d.Journal(ctx, "order", nil); !errors.Is(err, want) {
+				t.Errorf("%v, not %v", err, want)
+			}
+		}
+		fails(ctx, context.Canceled)
+		w.stray.Add(maxStray)
+		fails(t.Context(), ErrNotStored)
+		w.stray.Add(-maxStray)
+		is("never written", 0, 0, 0)
+
+		w.store.set(down, down, nil)
+		fails(t.Context(), errDown)
+		w.store.set(down, nil, func() error { return errDown })
+		fails(t.Context(), errDown) // it is there
+		w.store.set(nil, nil, nil)
+		is("in doubt", 2, 0, 2)
+		full := func() {
+			j.mu.Lock()
+			j.taken[shelf{1, Everyone}] = room{MaxEffects, MaxEffects}
+			j.mu.Unlock()
+		}
+		full()
+		w.store.set(down, nil, nil)
+		fails(t.Context(), ErrJournalFull)
+		w.store.set(nil, nil, nil)
+		is("full, and the store is down", MaxEffects, 0, 2)
+		must(t, d.Journal(t.Context(), "order", nil))
+		must(t, d.Journal(t.Context(), "order", nil))
+		fails(t.Context(), ErrJournalFull)
+		is("full", MaxEffects, 0, 0)
+		if w.left() != 2 {
+			t.Errorf("%d effects are left", w.left())
+		}
+
+		j.taken[shelf{1, Everyone}] = room{2, 400}
+		for i := range 3 {
+			w.journal(staff, fmt.Sprint("order ", i))
+		}
+		w.failing(func(_ context.Context, e Effect) error {
+			if string(e.Payload) == "order 0" {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		must(t, w.RollbackRing(t.Context(), "staff", ""))
+		minute()
+		is("some are undone", 2, 1, 0)
+		w.failing(nil)
+		minute()
+		minute()
+		is("all of the ring are undone", 2, 0, 0)
+		w.completeAll(2)
+		is("completed", 0, 0, 0)
+	})
+}
+
+// TestJournalOfAnother: what another process has undone takes no room here.
+func TestJournalOfAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		w.journal(w.Decide(w.of(Candidate, "staff")), "order staff")
+		w.journal(w.Decide(w.of(Candidate)), "order other")
+		other := lone(t, w.policy(), Options{Store: w.store.Store})
+		st, err := other.update(t.Context(), func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+			events, err := machine.Apply(s, other.plan, machine.Verb{Name: machine.VerbRollbackRing, Ring: "staff", Now: time.Now()})
+			machine.BeginAttempt(s, other.me(), true)
+			return events, err
+		})
+		must(t, err)
+		other.endAttempt(t.Context(), st, other.attempt(t.Context(), st, st.Steps[0], time.Now()))
+		minute()
+		if got := w.Rollout.journal.taken; len(got) != 1 || got[shelf{1, Everyone}].count != 1 {
+			t.Errorf("taken are %v", got)
+		}
+	})
+}
+
+// TestJournalRacesRing: an effect of a ring that another process rolls back alone meanwhile is refused, and one of a
+// candidate that this process rolls back meanwhile although the Store cannot be told.
+func TestJournalRacesRing(t *testing.T) {
+	for _, by := range []string{"another", "itself"} {
+		synctest.Test(t, func(t *testing.T) {
+			w := warded(t, nil)
+			other := lone(t, w.policy(), Options{Store: w.store.Store})
+			must(t, other.Ready(t.Context()))
+			once := sync.OnceFunc(func() {
+				if by == "another" {
+					must(t, other.RollbackRing(context.Background(), "staff", ""))
+					return
+				}
+				w.latchHere(&intent{gen: 1})
+			})
+			d := w.Decide(w.of(Candidate, "staff"))
+			w.store.set(nil, nil, func() error { once(); return nil })
+			if err := d.Journal(t.Context(), "order", nil); !errors.Is(err, ErrRolledBack) || w.left() != 0 {
+				t.Errorf("by %s: %v, %d effects are left", by, err, w.left())
+			}
+		})
+	}
+}
+
+// TestUndoOrder: what one process journalled is undone in its own order, also where its clock was set back meanwhile.
+func TestUndoOrder(t *testing.T) {
+	r := lone(t, (&ward{}).policy(), Options{Store: MemStore()})
+	for _, e := range []struct {
+		life string
+		n    uint64
+		at   int
+	}{{"a", 1, 10}, {"b", 1, 5}, {"a", 2, 0}, {"a", 11, 20}, {"b", 2, 20}} {
+		doc := fmt.Appendf(nil, `{"format":1,"kind":"order","ring":"staff","at":%q}`, time.Unix(int64(e.at), 0).UTC().Format(time.RFC3339))
+		if _, ok, err := r.effects.CompareAndSwap(t.Context(), machine.EffectKey("x", 1, e.life, e.n), 0, doc); err != nil || !ok {
+			t.Fatal(ok, err)
+		}
+	}
+	es, err := r.entries(t.Context(), func(uint64, string, bool) bool { return true })
+	must(t, err)
+	var got []string
+	for _, e := range es {
+		got = append(got, fmt.Sprint(e.inc, e.n))
+	}
+	if want := []string{"b2", "a11", "a2", "a1", "b1"}; !slices.Equal(got, want) {
+		t.Errorf("undone are %q, not %q", got, want)
+	}
 }
 
 // TestJournalRacesRollback: wherever a rollback comes between the write of an effect and the read after it, the effect is

@@ -164,6 +164,14 @@ func (s *State) Kept(gen uint64, ring string, unread bool) bool {
 	return slices.ContainsFunc(s.undoing(), func(st StepState) bool { return st.Covers(gen, ring, unread) })
 }
 
+// Over reports whether no effect of a generation and a ring is to be undone any more.
+func (s *State) Over(gen uint64, ring string) bool {
+	if slices.ContainsFunc(s.Steps, func(st StepState) bool { return st.Ring != "" && st.Done && st.Covers(gen, ring, false) }) {
+		return true
+	}
+	return gen <= s.Settled && !s.Kept(gen, ring, false)
+}
+
 // KeptRings is how many rings' steps have effects to undo that are settled.
 func (s *State) KeptRings() (n int) {
 	for _, st := range s.undoing() {
