@@ -78,10 +78,10 @@ func (d *driver) wroteSteps(prev, next *machine.State) {
 			m.settled = m.settled || m.gen <= next.Settled && !next.Kept(m.gen, m.ring, false)
 		}
 	}
-	undone := func(gen uint64, ring string) {
+	undone := func(s machine.StepState) {
 		for id, m := range d.effects {
-			if m.sure && !m.settled && m.gen <= gen && m.undone == 0 && (ring == "" || ring == m.ring) {
-				d.broken("the effect %s of generation %d in %s was not undone, and the rollback of generation %d %s is done", id, m.gen, m.ring, gen, ring)
+			if m.sure && !m.settled && m.undone == 0 && s.Covers(m.gen, m.ring, false) {
+				d.broken("the effect %s of generation %d in %s was not undone, and the rollback of generation %d %s is done", id, m.gen, m.ring, s.Gen, s.Ring)
 			}
 		}
 	}
@@ -94,7 +94,7 @@ func (d *driver) wroteSteps(prev, next *machine.State) {
 		case was < 0 || prev.Steps[was].Attempts == 0:
 			d.broken("the step %s is done and was not attempted", s.Name)
 		case s.Undo:
-			undone(s.Gen, s.Ring)
+			undone(s)
 		}
 		for _, before := range next.Steps[:i] {
 			if !before.Done && next.Phase.Latched() {
@@ -103,7 +103,7 @@ func (d *driver) wroteSteps(prev, next *machine.State) {
 		}
 	}
 	if next.Phase == machine.RolledBack && prev.Phase != machine.RolledBack {
-		undone(next.Gen, "")
+		undone(machine.StepState{Undo: true, Gen: next.Gen})
 		if next.Exposed && len(next.Steps) < len(next.Undoes) {
 			d.broken("it is rolled back without its steps")
 		}

@@ -659,6 +659,7 @@ func (u *unsure) CompareAndSwap(ctx context.Context, key string, old uint64, val
 		u.held = append(u.held, func() { _, _, _ = write() })
 		return 0, false, errDown
 	case outheld, outrolled:
+		u.came = true
 		u.another(f == outrolled)
 	}
 	return write()
