@@ -231,7 +231,7 @@ func BenchmarkJournal(b *testing.B) {
 					if !errors.Is(err, ErrJournalFull) {
 						b.Fatal(err)
 					}
-					r.journal.settle(1) // the limit is not what is measured
+					r.journal.settle(&machine.State{Settled: 1}) // the limit is not what is measured
 				}
 			}
 		})

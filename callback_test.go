@@ -274,6 +274,60 @@ func TestStepsGoOn(t *testing.T) {
 	})
 }
 
+// TestStopsAreNoFailures: however often Run ends in the middle of a step, it has all its attempts; what is done just then is
+// done.
+func TestStopsAreNoFailures(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		var stopping, done atomic.Bool
+		var calls, failed atomic.Int32
+		stopping.Store(true)
+		p := threeStages()
+		p.Rollback = []RollbackStep{
+			{Name: "one", Attempts: 3, Timeout: time.Hour, Do: func(ctx context.Context, _ Incident) error {
+				if stopping.Load() {
+					<-ctx.Done()
+					return ctx.Err()
+				}
+				failed.Add(1)
+				return errors.New("it fails")
+			}},
+			{Name: "two", Timeout: time.Hour, Do: func(ctx context.Context, _ Incident) error {
+				calls.Add(1)
+				<-ctx.Done()
+				done.Store(true)
+				return nil
+			}},
+		}
+		r := start(t, "x", p, Options{Store: store})
+		again := func() {
+			r.stop()
+			r = start(t, "x", p, Options{Store: store})
+			time.Sleep(30 * time.Second)
+			synctest.Wait()
+		}
+		r.serve(10*time.Second, 0, 0)
+		must(t, r.Rollback(t.Context(), "stop"))
+		for range 5 {
+			again()
+		}
+		if st := inStore(t, store).Steps[0]; st.Attempts != 1 || st.Err != "" {
+			t.Errorf("%+v", st)
+		}
+		stopping.Store(false)
+		again()
+		if r.is(Stuck, ""); failed.Load() != 3 {
+			t.Errorf("it failed %d times", failed.Load())
+		}
+		must(t, r.Waive(t.Context(), "one", ""))
+		minute()
+		again()
+		if r.is(RolledBack, ""); calls.Load() != 1 || !done.Load() {
+			t.Errorf("%d calls", calls.Load())
+		}
+	})
+}
+
 // TestCallbackCallsAnything: no callback runs under a lock.
 func TestCallbackCallsAnything(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

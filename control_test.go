@@ -24,6 +24,13 @@ type faulty struct {
 	load  func(ctx context.Context) error // before a Load
 	swap  func(ctx context.Context) error // before a CompareAndSwap; nil error: it is made
 	after func() error                    // after a CompareAndSwap that was made: its answer is lost
+	del   func() error                    // before a CompareAndSwap that deletes
+}
+
+func (f *faulty) deleting(del func() error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.del = del
 }
 
 func (f *faulty) set(load, swap func(context.Context) error, after func() error) {
@@ -46,8 +53,13 @@ func (f *faulty) Load(ctx context.Context, key string) ([]byte, uint64, error) {
 
 func (f *faulty) CompareAndSwap(ctx context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
 	f.mu.Lock()
-	swap, after := f.swap, f.after
+	swap, after, del := f.swap, f.after, f.del
 	f.mu.Unlock()
+	if del != nil && value == nil {
+		if err := del(); err != nil {
+			return 0, false, err
+		}
+	}
 	if swap != nil {
 		if err := swap(ctx); err != nil {
 			return 0, false, err

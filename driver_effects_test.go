@@ -31,7 +31,7 @@ func (p *proc) journal(dec Decision) {
 	err := dec.Journal(context.Background(), "row", []byte(id))
 	after := d.load()
 	completed := func(st *machine.State) bool { return st != nil && st.Gen == m.gen && st.Phase == machine.Completed }
-	m.settled = m.settled || after != nil && after.Settled >= m.gen && !after.Phase.Latched()
+	m.settled = m.settled || after != nil && after.Settled >= m.gen && !after.Phase.Latched() && !after.Kept(m.gen, m.ring, false)
 	m.sure = err == nil && dec.Enabled() && dec.Reason() != ReasonCompleted && !completed(before) && !completed(after)
 	// What is settled by a rollback takes no effects any more.
 	if m.sure && after != nil && (after.Gen == m.gen && after.Phase.Latched() || after.Settled >= m.gen && !m.settled) {
@@ -75,13 +75,13 @@ func (d *driver) undo(_ context.Context, e Effect) error {
 func (d *driver) wroteSteps(prev, next *machine.State) {
 	if prev.Gen == next.Gen && next.Phase == machine.Completed && next.Settled == next.Gen {
 		for _, m := range d.effects {
-			m.settled = m.settled || m.gen <= next.Settled
+			m.settled = m.settled || m.gen <= next.Settled && !next.Kept(m.gen, m.ring, false)
 		}
 	}
-	undone := func(gen uint64, ring string) {
+	undone := func(s machine.StepState) {
 		for id, m := range d.effects {
-			if m.sure && !m.settled && m.gen <= gen && m.undone == 0 && (ring == "" || ring == m.ring) {
-				d.broken("the effect %s of generation %d in %s was not undone, and the rollback of generation %d %s is done", id, m.gen, m.ring, gen, ring)
+			if m.sure && !m.settled && m.undone == 0 && s.Covers(m.gen, m.ring, false) {
+				d.broken("the effect %s of generation %d in %s was not undone, and the rollback of generation %d %s is done", id, m.gen, m.ring, s.Gen, s.Ring)
 			}
 		}
 	}
@@ -94,7 +94,7 @@ func (d *driver) wroteSteps(prev, next *machine.State) {
 		case was < 0 || prev.Steps[was].Attempts == 0:
 			d.broken("the step %s is done and was not attempted", s.Name)
 		case s.Undo:
-			undone(s.Gen, s.Ring)
+			undone(s)
 		}
 		for _, before := range next.Steps[:i] {
 			if !before.Done && next.Phase.Latched() {
@@ -103,11 +103,19 @@ func (d *driver) wroteSteps(prev, next *machine.State) {
 		}
 	}
 	if next.Phase == machine.RolledBack && prev.Phase != machine.RolledBack {
-		undone(next.Gen, "")
+		undone(machine.StepState{Undo: true, Gen: next.Gen})
 		if next.Exposed && len(next.Steps) < len(next.Undoes) {
 			d.broken("it is rolled back without its steps")
 		}
 	}
+}
+
+// begins reports whether a write begins an attempt at a step.
+func begins(prev, next *machine.State) bool {
+	return slices.ContainsFunc(next.Steps, func(s machine.StepState) bool {
+		was := slices.IndexFunc(prev.Steps, func(o machine.StepState) bool { return o.Name == s.Name && o.Gen == s.Gen })
+		return s.Turn > 0 && (was < 0 || s.Turn > prev.Steps[was].Turn)
+	})
 }
 
 // checkSessions judges which sessions are revoked.

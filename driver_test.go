@@ -200,8 +200,11 @@ func (p *proc) evaluate(passed time.Duration) {
 	p.mu.Lock()
 	st := p.known
 	p.mu.Unlock()
-	if st != nil && p.plan.Undoes && st.Settled > p.cleared && p.clear(context.Background(), st.Settled) == nil {
-		p.cleared = st.Settled
+	if st == nil || st.Settled == 0 {
+		return
+	}
+	if now := (clearing{st.Settled, st.KeptRings()}); now != p.cleared && p.clear(context.Background(), st) == nil {
+		p.cleared = now
 	}
 }
 
@@ -224,7 +227,6 @@ func (p *proc) steps(one bool) {
 		limit = 100 * time.Millisecond // shorter than any pause
 		p.d.store.left = 2             // that it begins, and how it ended
 	}
-	p.d.store.came = false
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	p.runSteps(ctx, idle)
 	cancel()
@@ -470,6 +472,9 @@ func (d *driver) wrote() {
 		d.begins(prev, next)
 	}
 	d.wroteSteps(prev, next)
+	if begins(prev, next) {
+		d.store.came = false
+	}
 }
 
 // stays judges a write within a generation.
@@ -581,7 +586,7 @@ type unsure struct {
 	left   int      // so many writes are answered, then none; below 0: all
 	held   []func() // writes that are made later
 	before func()   // comes before the call after so many
-	came   bool     // it has, in the steps under way
+	came   bool     // it has, since the last attempt at a step began
 	early  int
 	calls  int
 }
@@ -654,6 +659,7 @@ func (u *unsure) CompareAndSwap(ctx context.Context, key string, old uint64, val
 		u.held = append(u.held, func() { _, _, _ = write() })
 		return 0, false, errDown
 	case outheld, outrolled:
+		u.came = true
 		u.another(f == outrolled)
 	}
 	return write()

@@ -51,11 +51,26 @@ const (
 
 // effectLog is what this process has journalled.
 type effectLog struct {
-	mu    sync.Mutex // guards what follows
-	n     uint64     // of the last effect; never used twice
-	gen   uint64     // the newest one with effects that count
-	count int
-	bytes int
+	mu    sync.Mutex      // guards what follows
+	n     uint64          // of the last effect; never used twice
+	lives map[string]bool // incarnations that have journalled
+	taken map[shelf]room
+	doubt map[string]doubtful // by key
+}
+
+// shelf is where effects are undone, or settled, together.
+type shelf struct {
+	gen  uint64
+	ring string
+}
+
+// room is what effects take of the journal.
+type room struct{ count, bytes int }
+
+// doubtful is an effect that was refused and may be stored all the same.
+type doubtful struct {
+	shelf
+	size int
 }
 
 // effect is an effect as it is stored.
@@ -104,21 +119,29 @@ func (r *Rollout) journalEffect(ctx context.Context, d Decision, kind string, pa
 	if err != nil {
 		return fmt.Errorf("rollout: Journal: %w", err)
 	}
-	n, err := r.journal.reserve(d.Generation(), len(doc))
+	at := shelf{d.Generation(), d.Ring()}
+	n, err := r.makeRoom(ctx, at, len(doc))
 	if err != nil {
 		return err
 	}
 	key := machine.EffectKey(r.name, d.Generation(), r.me(), n)
 	rev, err := r.create(ctx, key, doc)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrNotStored, err) // it may land later, so its place stays taken
+		if errors.As(err, new(untried)) {
+			r.journal.free(at, len(doc))
+		} else { // it may land later
+			r.journal.doubts(key, doubtful{at, len(doc)})
+		}
+		return fmt.Errorf("%w: %w", ErrNotStored, err)
 	}
 	drop := func() {
 		if _, err := use(ctx, r, func(ctx context.Context) (bool, error) {
 			_, done, err := r.effects.CompareAndSwap(ctx, key, rev, nil)
 			return done, err
 		}); err == nil {
-			r.journal.free(len(doc))
+			r.journal.free(at, len(doc))
+		} else {
+			r.journal.doubts(key, doubtful{at, len(doc)})
 		}
 	}
 	// Either this read sees a rollback, or whoever undoes that rollback sees the effect.
@@ -150,32 +173,104 @@ func (r *Rollout) goneHere(d Decision) bool {
 	return r.latchAny || r.latch[d.Generation()] || r.known != nil && (r.known.Gen > d.Generation() || r.known.Gen == d.Generation() && slices.Contains(r.known.Rings, d.Ring()))
 }
 
-// reserve takes a place in the journal.
-func (j *effectLog) reserve(gen uint64, size int) (n uint64, err error) {
+// reserve takes room in the journal.
+func (j *effectLog) reserve(at shelf, life string, size int) (n uint64, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.count >= MaxEffects || j.bytes+size > maxJournal {
-		return 0, fmt.Errorf("%w: %d effects, %d bytes", ErrJournalFull, j.count, j.bytes)
+	var all room
+	for _, t := range j.taken {
+		all.count, all.bytes = all.count+t.count, all.bytes+t.bytes
+	}
+	if all.count >= MaxEffects || all.bytes+size > maxJournal {
+		return 0, fmt.Errorf("%w: %d effects, %d bytes", ErrJournalFull, all.count, all.bytes)
+	}
+	if j.taken == nil {
+		j.lives, j.taken, j.doubt = map[string]bool{}, map[shelf]room{}, map[string]doubtful{}
 	}
 	j.n++
-	j.gen = max(j.gen, gen)
-	j.count++
-	j.bytes += size
+	j.lives[life] = true
+	t := j.taken[at]
+	j.taken[at] = room{t.count + 1, t.bytes + size}
 	return j.n, nil
 }
 
-func (j *effectLog) free(size int) {
+// free gives room back.
+func (j *effectLog) free(at shelf, size int) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.count, j.bytes = max(j.count-1, 0), max(j.bytes-size, 0)
+	if t := j.taken[at]; t.count > 0 {
+		j.taken[at] = room{t.count - 1, max(t.bytes-size, 0)}
+	}
 }
 
-// settle forgets what generations up to gen have journalled.
-func (j *effectLog) settle(gen uint64) {
+// undone gives back the room of an effect that is removed, if this process has journalled it.
+func (j *effectLog) undone(e *entry) {
+	j.mu.Lock()
+	delete(j.doubt, e.key)
+	own := j.lives[e.inc]
+	j.mu.Unlock()
+	if own {
+		j.free(shelf{e.gen, e.Ring}, e.size)
+	}
+}
+
+// settle forgets what a state says is undone, or here to stay.
+func (j *effectLog) settle(st *machine.State) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.gen <= gen {
-		j.count, j.bytes = 0, 0
+	for at := range j.taken {
+		if st.Over(at.gen, at.ring) {
+			delete(j.taken, at)
+		}
+	}
+	for key, d := range j.doubt {
+		if st.Over(d.gen, d.ring) {
+			delete(j.doubt, key)
+		}
+	}
+}
+
+// doubts notes that it is not known whether an effect is stored.
+func (j *effectLog) doubts(key string, d doubtful) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.taken[d.shelf].count > 0 {
+		j.doubt[key] = d
+	}
+}
+
+// doubted takes out one of the effects in doubt.
+func (j *effectLog) doubted() (key string, d doubtful, ok bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for key, d = range j.doubt {
+		delete(j.doubt, key)
+		return key, d, true
+	}
+	return "", doubtful{}, false
+}
+
+// makeRoom takes room in the journal. Where it is full it finds out about effects in doubt, and removes those that are
+// there; one that lands later is undone as any other, and only not counted.
+func (r *Rollout) makeRoom(ctx context.Context, at shelf, size int) (n uint64, err error) {
+	for {
+		n, err = r.journal.reserve(at, r.me(), size)
+		if err == nil {
+			return n, nil
+		}
+		key, d, ok := r.journal.doubted()
+		if !ok {
+			return 0, err
+		}
+		_, rev, again := r.loadKey(ctx, key)
+		if again == nil && rev != 0 {
+			again = r.remove(ctx, key, rev)
+		}
+		if again != nil {
+			r.journal.doubts(key, d)
+			return 0, err
+		}
+		r.journal.free(d.shelf, d.size)
 	}
 }
 
@@ -194,6 +289,9 @@ func (r *Rollout) create(ctx context.Context, key string, doc []byte) (rev uint6
 	}
 	if err == nil {
 		err = errors.New("the key is there already")
+	}
+	if errors.As(err, new(untried)) {
+		return 0, err
 	}
 	v, rev, again := r.loadKey(ctx, key)
 	if again == nil && rev != 0 && bytes.Equal(v, doc) {
@@ -222,12 +320,13 @@ type entry struct {
 	gen  uint64
 	inc  string
 	n    uint64
+	size int
 	fail error // it cannot be read
 }
 
-// entries are what is journalled of the generations after settled up to gen, the newest first: those of one process in the
-// order they were journalled in, those of several by their clocks.
-func (r *Rollout) entries(ctx context.Context, settled, gen uint64, ring string) ([]entry, error) {
+// entries are what is journalled that a step covers, the newest first: those of one process in the order they were
+// journalled in, those of several by their clocks.
+func (r *Rollout) entries(ctx context.Context, covers func(gen uint64, ring string, unread bool) bool) ([]entry, error) {
 	all, err := useFor(ctx, r, max(r.storeTimeout(), listTimeout), func(ctx context.Context) (map[string][]byte, error) {
 		return r.effects.List(ctx, machine.EffectPrefix(r.name))
 	})
@@ -236,9 +335,9 @@ func (r *Rollout) entries(ctx context.Context, settled, gen uint64, ring string)
 	}
 	var es []entry
 	for key, doc := range all {
-		e := entry{key: key}
+		e := entry{key: key, size: len(doc)}
 		var ok bool
-		if e.gen, e.inc, e.n, ok = machine.ParseEffectKey(r.name, key); !ok || e.gen <= settled || e.gen > gen {
+		if e.gen, e.inc, e.n, ok = machine.ParseEffectKey(r.name, key); !ok {
 			continue
 		}
 		if err := json.Unmarshal(doc, &e.effect); err != nil {
@@ -246,7 +345,7 @@ func (r *Rollout) entries(ctx context.Context, settled, gen uint64, ring string)
 		} else if e.Format != effectFormat {
 			e.fail = fmt.Errorf("it has format %d, this library reads %d", e.Format, effectFormat)
 		}
-		if ring == "" || e.Ring == ring || e.fail != nil {
+		if covers(e.gen, e.Ring, e.fail != nil) {
 			es = append(es, e)
 		}
 	}
@@ -292,7 +391,7 @@ func (e entry) order(o entry) int {
 // is undone, so that what is left is to be undone yet.
 func (r *Rollout) undo(ctx context.Context, st *machine.State, step machine.StepState, fence string) (cause string, done int) {
 	for {
-		es, err := r.entries(ctx, st.Settled, step.Gen, step.Ring)
+		es, err := r.entries(ctx, step.Covers)
 		if err != nil {
 			return "list the journal: " + err.Error(), done
 		}
@@ -303,7 +402,7 @@ func (r *Rollout) undo(ctx context.Context, st *machine.State, step machine.Step
 			if ctx.Err() != nil {
 				return context.Cause(ctx).Error(), done
 			}
-			if err := r.undoOne(ctx, &es[i], &step, fence); err != nil {
+			if err := r.undoOne(ctx, &es[i], st, fence); err != nil {
 				return fmt.Sprintf("%s: %s", es[i].key, err), done
 			}
 			done++
@@ -312,12 +411,12 @@ func (r *Rollout) undo(ctx context.Context, st *machine.State, step machine.Step
 }
 
 // undoOne undoes one effect and removes it, unless another process has done so.
-func (r *Rollout) undoOne(ctx context.Context, e *entry, step *machine.StepState, fence string) error {
+func (r *Rollout) undoOne(ctx context.Context, e *entry, st *machine.State, fence string) error {
 	_, rev, err := r.loadKey(ctx, e.key)
 	if err != nil || rev == 0 {
 		return err
 	}
-	if !step.Excuses(e.key, e.Kind) {
+	if !st.Excuses(e.key, e.Kind, e.Ring, e.gen) {
 		if e.fail != nil {
 			return e.fail
 		}
@@ -337,7 +436,11 @@ func (r *Rollout) undoOne(ctx context.Context, e *entry, step *machine.StepState
 			return err
 		}
 	}
-	return r.remove(ctx, e.key, rev)
+	err = r.remove(context.WithoutCancel(ctx), e.key, rev) // or it would be undone again
+	if err == nil {
+		r.journal.undone(e)
+	}
+	return err
 }
 
 // remove deletes a key, whoever is first.
@@ -355,9 +458,11 @@ func (r *Rollout) remove(ctx context.Context, key string, rev uint64) error {
 	return nil
 }
 
-// clear removes what is journalled of generations that are settled.
-func (r *Rollout) clear(ctx context.Context, settled uint64) error {
-	es, err := r.entries(ctx, 0, settled, "")
+// clear removes what is journalled and settled in a state.
+func (r *Rollout) clear(ctx context.Context, st *machine.State) error {
+	es, err := r.entries(ctx, func(gen uint64, ring string, unread bool) bool {
+		return gen <= st.Settled && !st.Kept(gen, ring, unread)
+	})
 	if err != nil {
 		return err
 	}

@@ -227,11 +227,12 @@ func TestJournalFull(t *testing.T) {
 		w := warded(t, nil)
 		d := w.Decide(w.of(Candidate))
 		w.journal(d, "order 1")
-		w.Rollout.journal.count = MaxEffects
+		taken := func(count, bytes int) { w.Rollout.journal.taken[shelf{1, Everyone}] = room{count, bytes} }
+		taken(MaxEffects, 100)
 		if err := d.Journal(t.Context(), "order", nil); !errors.Is(err, ErrJournalFull) {
 			t.Errorf("%v", err)
 		}
-		w.Rollout.journal.count, w.Rollout.journal.bytes = 1, maxJournal-100
+		taken(1, maxJournal-100)
 		if err := d.Journal(t.Context(), "order", nil); !errors.Is(err, ErrJournalFull) {
 			t.Errorf("%v", err)
 		}
@@ -244,6 +245,150 @@ func TestJournalFull(t *testing.T) {
 		minute()
 		w.journal(w.Decide(w.of(Candidate)), "order 2")
 	})
+}
+
+// TestJournalMakesRoom: what was never written takes no room, what may have been written only until that is known, and what
+// is undone none.
+func TestJournalMakesRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		d, staff := w.Decide(w.of(Candidate)), w.Decide(w.of(Candidate, "staff"))
+		j := &w.Rollout.journal
+		is := func(when string, others, inner, doubts int) {
+			t.Helper()
+			j.mu.Lock()
+			defer j.mu.Unlock()
+			if o, i := j.taken[shelf{1, Everyone}].count, j.taken[shelf{1, "staff"}].count; o != others || i != inner || len(j.doubt) != doubts {
+				t.Errorf("%s: %d and %d are taken, %d in doubt", when, o, i, len(j.doubt))
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		fails := func(ctx context.Context, want error) {
+			t.Helper()
+			if err := d.Journal(ctx, "order", nil); !errors.Is(err, want) {
+				t.Errorf("%v, not %v", err, want)
+			}
+		}
+		fails(ctx, context.Canceled)
+		w.stray.Add(maxStray)
+		fails(t.Context(), ErrNotStored)
+		w.stray.Add(-maxStray)
+		is("never written", 0, 0, 0)
+
+		w.store.set(down, down, nil)
+		fails(t.Context(), errDown)
+		w.store.set(down, nil, func() error { return errDown })
+		fails(t.Context(), errDown) // it is there
+		w.store.set(nil, nil, nil)
+		is("in doubt", 2, 0, 2)
+		full := func() {
+			j.mu.Lock()
+			j.taken[shelf{1, Everyone}] = room{MaxEffects, MaxEffects}
+			j.mu.Unlock()
+		}
+		full()
+		w.store.set(down, nil, nil)
+		fails(t.Context(), ErrJournalFull)
+		w.store.set(nil, nil, nil)
+		is("full, and the store is down", MaxEffects, 0, 2)
+		must(t, d.Journal(t.Context(), "order", nil))
+		must(t, d.Journal(t.Context(), "order", nil))
+		fails(t.Context(), ErrJournalFull)
+		is("full", MaxEffects, 0, 0)
+		if w.left() != 2 {
+			t.Errorf("%d effects are left", w.left())
+		}
+
+		j.taken[shelf{1, Everyone}] = room{2, 400}
+		for i := range 3 {
+			w.journal(staff, fmt.Sprint("order ", i))
+		}
+		w.failing(func(_ context.Context, e Effect) error {
+			if string(e.Payload) == "order 0" {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		must(t, w.RollbackRing(t.Context(), "staff", ""))
+		minute()
+		is("some are undone", 2, 1, 0)
+		w.failing(nil)
+		minute()
+		minute()
+		is("all of the ring are undone", 2, 0, 0)
+		w.completeAll(2)
+		is("completed", 0, 0, 0)
+	})
+}
+
+// TestJournalOfAnother: what another process has undone takes no room here.
+func TestJournalOfAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		w.journal(w.Decide(w.of(Candidate, "staff")), "order staff")
+		w.journal(w.Decide(w.of(Candidate)), "order other")
+		other := lone(t, w.policy(), Options{Store: w.store.Store})
+		st, err := other.update(t.Context(), func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+			events, err := machine.Apply(s, other.plan, machine.Verb{Name: machine.VerbRollbackRing, Ring: "staff", Now: time.Now()})
+			machine.BeginAttempt(s, other.me(), true)
+			return events, err
+		})
+		must(t, err)
+		other.endAttempt(t.Context(), st, other.attempt(t.Context(), st, st.Steps[0], time.Now()))
+		minute()
+		if got := w.Rollout.journal.taken; len(got) != 1 || got[shelf{1, Everyone}].count != 1 {
+			t.Errorf("taken are %v", got)
+		}
+	})
+}
+
+// TestJournalRacesRing: an effect of a ring that another process rolls back alone meanwhile is refused, and one of a
+// candidate that this process rolls back meanwhile although the Store cannot be told.
+func TestJournalRacesRing(t *testing.T) {
+	for _, by := range []string{"another", "itself"} {
+		synctest.Test(t, func(t *testing.T) {
+			w := warded(t, nil)
+			other := lone(t, w.policy(), Options{Store: w.store.Store})
+			must(t, other.Ready(t.Context()))
+			once := sync.OnceFunc(func() {
+				if by == "another" {
+					must(t, other.RollbackRing(context.Background(), "staff", ""))
+					return
+				}
+				w.latchHere(&intent{gen: 1})
+			})
+			d := w.Decide(w.of(Candidate, "staff"))
+			w.store.set(nil, nil, func() error { once(); return nil })
+			if err := d.Journal(t.Context(), "order", nil); !errors.Is(err, ErrRolledBack) || w.left() != 0 {
+				t.Errorf("by %s: %v, %d effects are left", by, err, w.left())
+			}
+		})
+	}
+}
+
+// TestUndoOrder: what one process journalled is undone in its own order, also where its clock was set back meanwhile.
+func TestUndoOrder(t *testing.T) {
+	r := lone(t, (&ward{}).policy(), Options{Store: MemStore()})
+	for _, e := range []struct {
+		life string
+		n    uint64
+		at   int
+	}{{"a", 1, 10}, {"b", 1, 5}, {"a", 2, 0}, {"a", 11, 20}, {"b", 2, 20}} {
+		doc := fmt.Appendf(nil, `{"format":1,"kind":"order","ring":"staff","at":%q}`, time.Unix(int64(e.at), 0).UTC().Format(time.RFC3339))
+		if _, ok, err := r.effects.CompareAndSwap(t.Context(), machine.EffectKey("x", 1, e.life, e.n), 0, doc); err != nil || !ok {
+			t.Fatal(ok, err)
+		}
+	}
+	es, err := r.entries(t.Context(), func(uint64, string, bool) bool { return true })
+	must(t, err)
+	var got []string
+	for _, e := range es {
+		got = append(got, fmt.Sprint(e.inc, e.n))
+	}
+	if want := []string{"b2", "a11", "a2", "a1", "b1"}; !slices.Equal(got, want) {
+		t.Errorf("undone are %q, not %q", got, want)
+	}
 }
 
 // TestJournalRacesRollback: wherever a rollback comes between the write of an effect and the read after it, the effect is
@@ -310,7 +455,8 @@ func TestJournalDropped(t *testing.T) {
 // TestUndoOfReplaced: a version that replaces another one before it was completed takes its effects over: a rollback
 // gives everybody the stable version, so they are undone as well; a completion keeps them.
 func TestUndoOfReplaced(t *testing.T) {
-	for _, rolledBack := range []bool{true, false} {
+	for _, then := range []string{"rolled back", "completed", "completed by a version with nothing to undo"} {
+		rolledBack, none := then == "rolled back", then == "completed by a version with nothing to undo"
 		synctest.Test(t, func(t *testing.T) {
 			w := &ward{store: &faulty{Store: MemStore()}}
 			p := w.policy()
@@ -324,6 +470,13 @@ func TestUndoOfReplaced(t *testing.T) {
 			one.stop()
 			w.journal(w.Decide(w.of(Candidate)), "order 2")
 			if !rolledBack {
+				if none { // the completing version has nothing to undo
+					w.stop()
+					p = talks(SessionPolicy{})
+					p.Version = "3"
+					w.process = start(t, "x", p, Options{Store: w.store})
+					minute()
+				}
 				w.completeAll(2)
 				minute()
 				w.wants()
@@ -423,6 +576,157 @@ func TestUndoOfRingAgain(t *testing.T) {
 	})
 }
 
+// TestUndoOfRings: a ring whose undoing fails holds up neither another ring's nor a rollback of everybody, and a pause after
+// a failure ends when something is waived.
+func TestUndoOfRings(t *testing.T) {
+	failing := func(t *testing.T) (w *ward, begun *atomic.Int64) {
+		begun = new(atomic.Int64)
+		w = warded(t, func(p *Policy) {
+			p.Rings = []Ring{{Name: "staff"}, {Name: "beta"}}
+			p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error {
+				begun.CompareAndSwap(0, time.Now().UnixNano())
+				return nil
+			}}}
+		})
+		w.journal(w.Decide(w.of(Candidate, "staff")), "order staff")
+		w.journal(w.Decide(w.of(Candidate, "beta")), "order beta")
+		w.failing(func(_ context.Context, e Effect) error {
+			if e.Ring == "staff" {
+				return errors.New("never")
+			}
+			return nil
+		})
+		must(t, w.RollbackRing(t.Context(), "staff", ""))
+		time.Sleep(10 * time.Minute)
+		for n := len(w.undone()); len(w.undone()) == n; { // the pause has just begun
+			time.Sleep(time.Second / 4)
+		}
+		w.mu.Lock()
+		w.log = nil
+		w.mu.Unlock()
+		return w, begun
+	}
+	synctest.Test(t, func(t *testing.T) {
+		w, _ := failing(t)
+		must(t, w.RollbackRing(t.Context(), "beta", ""))
+		time.Sleep(time.Second)
+		synctest.Wait()
+		w.wants("order beta")
+		time.Sleep(3 * time.Minute)
+		if got := w.undone(); len(got) < 3 || got[len(got)-1] != "order staff" {
+			t.Errorf("staff is not tried again: %q", got)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		w, begun := failing(t)
+		at := time.Now()
+		must(t, w.Rollback(t.Context(), "now"))
+		minute()
+		if late := time.Unix(0, begun.Load()).Sub(at); late > time.Second {
+			t.Errorf("the first step began %v after Rollback had returned", late)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		w, _ := failing(t)
+		must(t, w.Waive(t.Context(), "undo:order", ""))
+		time.Sleep(time.Second)
+		synctest.Wait()
+		w.wants()
+		if steps := w.Status().Steps; w.left() != 1 || len(steps) != 1 || !steps[0].Done {
+			t.Errorf("%d effects are left; %+v", w.left(), steps)
+		}
+	})
+}
+
+// TestUndoOfRingOutlastsCompletion: a ring whose effects are still not undone when the rest is completed has them undone
+// all the same, by itself or in a later rollback; what the others did is here to stay.
+func TestUndoOfRingOutlastsCompletion(t *testing.T) {
+	for _, then := range []string{"it is mended", "rolled back", "restarted and rolled back", "rolled back and stuck"} {
+		t.Run(then, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := warded(t, nil)
+				w.journal(w.Decide(w.of(Candidate, "staff")), "order staff")
+				w.journal(w.Decide(w.of(Candidate)), "order other")
+				w.failing(func(_ context.Context, e Effect) error { return errors.New("not yet") })
+				must(t, w.RollbackRing(t.Context(), "staff", ""))
+				minute()
+				w.completeAll(2)
+				time.Sleep(10 * time.Minute)
+				w.is(Completed, "")
+				if w.left() != 1 {
+					t.Errorf("%d effects are left", w.left())
+				}
+				tried := len(w.undone())
+				well := func(context.Context, Effect) error { return nil }
+				want := []string{"order staff"}
+				switch then {
+				case "it is mended":
+					w.failing(well)
+				case "rolled back":
+					w.failing(well)
+					must(t, w.Rollback(t.Context(), "after all"))
+				case "restarted and rolled back":
+					must(t, w.Restart(t.Context(), ""))
+					time.Sleep(10 * time.Minute)
+					w.journal(w.Decide(w.of(Candidate)), "order again")
+					tried = len(w.undone())
+					w.failing(well)
+					must(t, w.Rollback(t.Context(), ""))
+					want = []string{"order again", "order staff"}
+				case "rolled back and stuck":
+					must(t, w.Rollback(t.Context(), "after all"))
+					time.Sleep(10 * time.Minute)
+					w.is(Stuck, "")
+					tried = len(w.undone())
+					w.failing(well)
+					must(t, w.Rollback(t.Context(), "again"))
+				}
+				minute()
+				minute()
+				if got := w.undone()[tried:]; !slices.Equal(got, want) || w.left() != 0 {
+					t.Errorf("undone were %q, not %q; %d are left", got, want, w.left())
+				}
+				if then != "it is mended" {
+					w.is(RolledBack, "")
+				}
+			})
+		})
+	}
+}
+
+// TestUndoOfSettled: an effect that is settled and could not be dropped yet is undone by no later rollback.
+func TestUndoOfSettled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := warded(t, nil)
+		w.journal(w.Decide(w.of(Candidate)), "order kept")
+		var broken atomic.Bool
+		broken.Store(true)
+		w.store.deleting(func() error {
+			if broken.Load() {
+				return errDown
+			}
+			return nil
+		})
+		w.completeAll(2)
+		minute()
+		must(t, w.Restart(t.Context(), ""))
+		minute()
+		w.journal(w.Decide(w.of(Candidate)), "order again")
+		if w.left() != 2 {
+			t.Fatalf("%d effects are left", w.left())
+		}
+		must(t, w.Rollback(t.Context(), ""))
+		broken.Store(false)
+		minute()
+		w.is(RolledBack, "")
+		w.wants("order again")
+		minute()
+		if w.left() != 0 {
+			t.Errorf("%d effects are left", w.left())
+		}
+	})
+}
+
 // TestUndoFails: an undo that errs, panics, ends its goroutine or hangs is tried again five times and holds up what is older; then the rollback
 // is Stuck until it is mended, or waived: the effect, its kind or all. Restart waits for that.
 func TestUndoFails(t *testing.T) {
@@ -503,6 +807,45 @@ func TestUndoFails(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// TestWaiveOfRing: what is waived while a ring's effects are undone, the ring, a kind or an effect, is not undone by a later
+// rollback of everybody either; what is not, is.
+func TestWaiveOfRing(t *testing.T) {
+	for waived, want := range map[string][]string{
+		"(undo staff)": {"order other"}, "undo:order": {"mail staff", "order other"}, "the first": {"order staff", "order other"},
+	} {
+		t.Run(waived, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := warded(t, nil)
+				w.journal(w.Decide(w.of(Candidate)), "order other")
+				for _, payload := range []string{"order staff", "mail staff"} {
+					time.Sleep(time.Second)
+					w.journal(w.Decide(w.of(Candidate, "staff")), payload)
+				}
+				w.failing(func(context.Context, Effect) error { return errors.New("never") })
+				must(t, w.RollbackRing(t.Context(), "staff", ""))
+				minute()
+				step := waived
+				if step == "the first" {
+					step = w.full[0].Key
+				}
+				must(t, w.Waive(t.Context(), step, "by hand"))
+				minute()
+				tried := len(w.undone())
+				w.failing(nil)
+				must(t, w.Rollback(t.Context(), ""))
+				minute()
+				minute()
+				w.is(RolledBack, "")
+				got := w.undone()[tried:]
+				slices.Sort(got)
+				if slices.Sort(want); !slices.Equal(got, want) || w.left() != 0 {
+					t.Errorf("undone were %q, not %q; %d are left", got, want, w.left())
+				}
+			})
+		})
 	}
 }
 

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/stagedrollout/rollout/internal/machine"
 )
 
 // What docs/rollback.md says of a step, an undo and a session's callback that outlive their process: each sentence there
@@ -135,14 +138,21 @@ func TestOutlivedCounts(t *testing.T) {
 	}
 }
 
-// TestOutlivedContext: the context of an attempt ends once its process learns that another one has taken over.
+// TestOutlivedContext: the context of an attempt ends before another process may take over from one that is cut off, or once
+// its process learns that another one has.
 func TestOutlivedContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := MemStore()
 		f := &faulty{Store: store}
 		contexts := make(chan context.Context, 9)
+		var begun context.Context
+		var ended atomic.Bool // the first was over when the second began
 		p := talks(SessionPolicy{})
 		p.Rollback = []RollbackStep{{Name: "one", Timeout: time.Hour, Do: func(ctx context.Context, _ Incident) error {
+			if begun != nil && begun.Err() != nil {
+				ended.Store(true)
+			}
+			begun = ctx
 			contexts <- ctx
 			<-ctx.Done()
 			return ctx.Err()
@@ -154,18 +164,97 @@ func TestOutlivedContext(t *testing.T) {
 		other := start(t, "x", p, Options{Store: store})
 		time.Sleep(45 * time.Second)
 		first, second := <-contexts, <-contexts
-		if first.Err() != nil || second.Err() != nil {
-			t.Fatal("an attempt was ended before anybody could know")
+		if context.Cause(first) != errCutOff || !ended.Load() || second.Err() != nil {
+			t.Errorf("the one that was taken over: %v, before that %v; the one that took over: %v", context.Cause(first), ended.Load(), second.Err())
 		}
 		f.set(nil, nil, nil)
-		time.Sleep(6 * time.Second)
+		minute()
+		if second.Err() != nil || len(contexts) > 0 {
+			t.Errorf("back again: %v, %d more attempts", second.Err(), len(contexts))
+		}
+		_, err := r.update(t.Context(), func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+			machine.BeginAttempt(s, "a third", true)
+			return nil, nil
+		})
+		must(t, err)
+		time.Sleep(defaultInterval + time.Second)
 		synctest.Wait()
-		if first.Err() == nil || second.Err() != nil {
-			t.Errorf("the one that was taken over: %v; the one that took over: %v", first.Err(), second.Err())
+		if second.Err() == nil {
+			t.Error("taken over, and it goes on")
 		}
 		r.stop()
 		other.stop()
 	})
+}
+
+// TestOutageIsNoFailure: a process that is cut off in the middle of a step ends it, and makes it again when the Store is
+// back, however often: that uses up no attempt.
+func TestOutageIsNoFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &faulty{Store: MemStore()}
+		calls := 0
+		p := talks(SessionPolicy{})
+		p.Rollback = []RollbackStep{{Name: "one", Attempts: 2, Timeout: time.Hour, Do: func(ctx context.Context, _ Incident) error {
+			if calls++; !sleep(ctx, 2*time.Minute) {
+				return context.Cause(ctx)
+			}
+			return nil
+		}}}
+		r := start(t, "x", p, Options{Store: f})
+		must(t, r.Rollback(t.Context(), "stop"))
+		for range 4 {
+			minute()
+			f.set(down, down, nil)
+			minute()
+			f.set(nil, nil, nil)
+		}
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		r.is(RolledBack, "")
+		if st := r.Status().Steps[0]; calls != 5 || st.Attempts != 1 || st.Err != "" {
+			t.Errorf("%d calls; %+v", calls, st)
+		}
+	})
+}
+
+// TestOutlivedFailure: a failure that is told after another process has taken over counts for nothing, were it the last one
+// before Stuck.
+func TestOutlivedFailure(t *testing.T) {
+	for _, attempts := range []int{1, 2} {
+		synctest.Test(t, func(t *testing.T) {
+			store := MemStore()
+			f := &faulty{Store: store}
+			calls := 0
+			p := talks(SessionPolicy{})
+			p.Rollback = []RollbackStep{{Name: "one", Attempts: attempts, Timeout: time.Hour, Do: func(ctx context.Context, _ Incident) error {
+				if calls++; calls == 1 {
+					f.set(down, down, nil) // cut off, and it fails
+					return errors.New("too late")
+				}
+				if !sleep(ctx, 2*time.Minute) {
+					return ctx.Err()
+				}
+				return nil
+			}}}
+			r := start(t, "x", p, Options{Store: f})
+			must(t, r.Rollback(t.Context(), "stop"))
+			synctest.Wait()
+			other := start(t, "x", p, Options{Store: store})
+			time.Sleep(45 * time.Second)
+			synctest.Wait()
+			f.set(nil, nil, nil)
+			minute()
+			if st := inStore(t, store); calls != 2 || st.Phase != machine.RollingBack || st.Steps[0].Err != "" {
+				t.Errorf("%d calls; it is %v, %+v", calls, st.Phase, st.Steps)
+			}
+			minute()
+			minute()
+			other.is(RolledBack, "")
+			if calls != 2 {
+				t.Errorf("%d calls", calls)
+			}
+		})
+	}
 }
 
 // TestOutlivedRevoke: OnRevoke is called by the process that has the session, at most once; no other process calls it for

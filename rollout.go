@@ -91,6 +91,7 @@ type Rollout struct {
 	calm        atomic.Bool   // which is known, whatever more comes of it
 	wake        chan struct{} // asks Run for a tick now
 	hint        chan struct{} // asks Run for a look at the Store
+	turned      chan struct{} // another state is followed: ends pauses between steps
 
 	noUnit, late, unknown, invalid, matchPanics atomic.Uint64
 
@@ -134,7 +135,7 @@ type Rollout struct {
 	unknownLogged bool
 	rival         rival
 	lives         map[string]sign // of other processes with work under way
-	cleared       uint64          // the generation up to which the journal was cleared of what is settled
+	cleared       clearing        // what the journal was cleared of
 }
 
 // New returns a rollout of the policy, or every problem of it. It starts nothing and does no I/O. o may be nil.
@@ -166,7 +167,7 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 		name: name, policy: p.withDefaults(name), o: opts,
 		store: opts.Store, shared: opts.Store != nil, now: time.Now,
 		quiet: 15 * time.Second,
-		wake:  make(chan struct{}, 1), hint: make(chan struct{}, 1), queued: make(chan struct{}, 1),
+		wake:  make(chan struct{}, 1), hint: make(chan struct{}, 1), turned: make(chan struct{}, 1), queued: make(chan struct{}, 1),
 		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{}, revoked: map[uint64]bool{}, leashes: map[leashKey]*leash{},
 	}
 	r.sessions.origin, r.sessions.never, r.sessions.look = randomText(), make(chan struct{}), make(chan struct{}, 1)

@@ -197,12 +197,18 @@ func (r *Rollout) stepsToRun() (run, idle bool) {
 	return r.now().Sub(r.rival.since) >= r.stepsPatience(have), true
 }
 
+// clearing is what of the journal is settled: generations up to one, but for so many rings' effects.
+type clearing struct {
+	gen  uint64
+	kept int
+}
+
 // clearJournal removes what is journalled of generations that are settled, once each.
 func (r *Rollout) clearJournal(ctx context.Context, work *sync.WaitGroup, busy chan struct{}) {
 	r.mu.Lock()
 	st := r.known
 	r.mu.Unlock()
-	if st == nil || !r.plan.Undoes || st.Settled <= r.cleared {
+	if st == nil || st.Settled == 0 || r.cleared == (clearing{st.Settled, st.KeptRings()}) {
 		return
 	}
 	select {
@@ -210,10 +216,10 @@ func (r *Rollout) clearJournal(ctx context.Context, work *sync.WaitGroup, busy c
 	default:
 		return
 	}
-	r.cleared = st.Settled
+	r.cleared = clearing{st.Settled, st.KeptRings()}
 	work.Go(func() {
 		defer func() { <-busy }()
-		for attempt := 0; r.clear(ctx, st.Settled) != nil; attempt++ {
+		for attempt := 0; r.clear(ctx, st) != nil; attempt++ {
 			if !sleep(ctx, backoff(attempt)) {
 				return
 			}
@@ -328,10 +334,11 @@ func (r *Rollout) SetPercent(ctx context.Context, ring string, p Percent, note s
 	return r.verb(ctx, machine.Verb{Name: machine.VerbSetPercent, Ring: ring, Percent: float64(p), Note: note})
 }
 
-// Waive takes an operator's word for what a rollback cannot do by itself: a step, by its name; the undoing of an effect, by
-// its key as the step's error has it; of all effects of a kind, as "undo:KIND"; or "(undo)" for all that is still journalled. It
-// is not done, counts as done, and the rollback goes on, also where it is Stuck. It returns [ErrState] where there is no such
-// step.
+// Waive takes an operator's word for what a rollback cannot do by itself: a step, by its name; the undoing of an
+// effect, by its key as the step's error has it; of all effects of a kind, as "undo:KIND"; of a ring, as "(undo RING)";
+// or "(undo)" for all that is still journalled. It is not done, counts as done, and the rollback goes on, also where it
+// is Stuck. It stays waived in a later rollback: a kind in the rings that are being undone now. It returns [ErrState]
+// where there is no such step, and nil for what is waived already.
 func (r *Rollout) Waive(ctx context.Context, step, note string) error {
 	return r.verb(ctx, machine.Verb{Name: machine.VerbWaive, Step: step, Note: note})
 }

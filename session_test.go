@@ -313,6 +313,54 @@ func (p *process) completeAll(n int) {
 	p.is(Completed, "")
 }
 
+// TestStepsOfAnother: a process with sessions on the candidate leaves the steps to one that has none.
+func TestStepsOfAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		var done atomic.Bool
+		p := talks(SessionPolicy{Grace: 10 * time.Minute})
+		p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error { done.Store(true); return nil }}}
+		r := start(t, "x", p, Options{Store: store})
+		start(t, "x", p, Options{Store: store})
+		_, s := r.Begin(t.Context(), r.of(Candidate))
+		must(t, r.Rollback(t.Context(), "stop"))
+		minute()
+		if r.is(RolledBack, ""); !done.Load() {
+			t.Error("no step was made")
+		}
+		s.End(nil)
+	})
+}
+
+// TestStepsAwaitNewlyRevoked: a process that is about to undo a ring's effects, and learns of the rollback of everybody only as
+// it stores its attempt, waits for the sessions that this revokes.
+func TestStepsAwaitNewlyRevoked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &ward{store: &faulty{Store: MemStore()}}
+		p := w.policy()
+		p.Sessions.Grace = 30 * time.Second
+		var begun atomic.Int64
+		p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error { begun.Store(time.Now().UnixNano()); return nil }}}
+		w.process = start(t, "x", p, Options{Store: w.store})
+		w.journal(w.Decide(w.of(Candidate, "staff")), "order staff")
+		w.failing(func(context.Context, Effect) error { return errors.New("never") })
+		must(t, w.RollbackRing(t.Context(), "staff", ""))
+		minute()
+		_, s := w.Begin(t.Context(), w.of(Candidate))
+		other := lone(t, p, Options{Store: w.store.Store})
+		must(t, other.Ready(t.Context()))
+		at := time.Now()
+		must(t, other.Rollback(t.Context(), "stop"))
+		w.failing(nil)
+		minute()
+		w.is(RolledBack, "")
+		if waited := time.Unix(0, begun.Load()).Sub(at); waited < 30*time.Second {
+			t.Errorf("a step was made %v after the rollback, while a session went on", waited)
+		}
+		s.End(nil)
+	})
+}
+
 // TestRevokedAfterStored: Revoked closes after the intent is stored, and before any rollback step.
 func TestRevokedAfterStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -2,8 +2,10 @@ package rollout
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/stagedrollout/rollout/internal/machine"
 )
@@ -18,9 +20,10 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 	for attempt := 0; ctx.Err() == nil; {
 		var st *machine.State
 		var step machine.StepState
+		var at time.Time
 		begun := false
 		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
-			begun = false
+			begun, at = false, time.Now()
 			if next, ok := machine.NextStep(s); ok {
 				if r.canRun(next) || idle {
 					if i := machine.BeginAttempt(s, r.me(), idle); i >= 0 {
@@ -44,41 +47,73 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 			return
 		}
 		idle = false // the term is ours, or was lost
-		end := machine.Attempt{Name: step.Name, Gen: step.Gen}
-		end.Cause, end.Effects = r.attempt(ctx, st, step)
-		if ctx.Err() != nil && end.Cause != "" {
-			r.release(st)
-			return // stopped, not failed: whoever comes next starts it again
+		end := r.attempt(ctx, st, step, at)
+		if ctx.Err() != nil {
+			end.Stopped = end.Cause != "" // not failed: whoever comes next starts it again
+			r.release(st, end)
+			return
 		}
 		attempts := step.Attempts
 		if end.Effects > 0 {
 			attempts = 1 // it is another effect that failed
 		}
-		end.GiveUp = end.Cause != "" && step.Ring == "" && attempts >= r.attempts(step) // a ring is never given up
-		if !r.endAttempt(ctx, st, end) {
-			attempt = 0
-			continue
-		}
-		if !sleep(ctx, backoff(attempts-1)) {
+		end.GiveUp = end.Cause != "" && !end.Stopped && st.Phase == machine.RollingBack && attempts >= r.attempts(step) // a ring alone is never given up
+		attempt = 0
+		r.endAttempt(ctx, st, end)
+		r.pause(ctx)
+	}
+}
+
+// pause waits before the step that is to be made next, the longer the more often it has failed, or until it is another one
+// or something was waived.
+func (r *Rollout) pause(ctx context.Context) {
+	was, waived := r.nextStep()
+	if was.Attempts == 0 {
+		return
+	}
+	t := time.NewTimer(backoff(was.Attempts - 1))
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
 			return
+		case <-ctx.Done():
+			return
+		case <-r.turned:
+			if now, waives := r.nextStep(); now != was || waives != waived {
+				return
+			}
 		}
 	}
 }
 
-// release lets another process run the steps at once, instead of waiting for signs of life.
-func (r *Rollout) release(st *machine.State) {
+// nextStep is the step that this process is to make next as far as it knows, the zero value if none, and how much is waived.
+func (r *Rollout) nextStep() (next machine.StepState, waives int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.known == nil || r.known.Runner != r.me() {
+		return machine.StepState{}, 0
+	}
+	next, _ = machine.NextStep(r.known)
+	return next, len(r.known.Waives)
+}
+
+// release stores how the last attempt of a Run ended, and lets another process run the steps at once, instead of waiting for
+// signs of life.
+func (r *Rollout) release(st *machine.State, end machine.Attempt) {
 	ctx, cancel := context.WithTimeout(context.Background(), stepGrace)
 	defer cancel()
 	_, _ = r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
-		if s.Term == st.Term {
-			s.Runner = ""
+		if s.Term != st.Term {
+			return nil, nil
 		}
-		return nil, nil
+		s.Runner = ""
+		return machine.EndAttempt(s, r.plan, r.now(), end), nil
 	})
 }
 
-// endAttempt stores how an attempt ended, however long the Store takes, and reports whether another one follows.
-func (r *Rollout) endAttempt(ctx context.Context, st *machine.State, end machine.Attempt) (again bool) {
+// endAttempt stores how an attempt ended, however long the Store takes.
+func (r *Rollout) endAttempt(ctx context.Context, st *machine.State, end machine.Attempt) {
 	for attempt := 0; ; attempt++ {
 		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
 			if s.Term != st.Term {
@@ -86,11 +121,8 @@ func (r *Rollout) endAttempt(ctx context.Context, st *machine.State, end machine
 			}
 			return machine.EndAttempt(s, r.plan, r.now(), end), nil
 		})
-		if err == nil {
-			return end.Cause != "" && !end.GiveUp
-		}
-		if !sleep(ctx, backoff(attempt)) {
-			return false
+		if err == nil || !sleep(ctx, backoff(attempt)) {
+			return
 		}
 	}
 }
@@ -122,14 +154,24 @@ func (r *Rollout) attempts(st machine.StepState) int {
 	return step.Attempts
 }
 
-// attempt makes one attempt at a step and returns why it failed, and how many effects were undone.
-func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.StepState) (cause string, effects int) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+// errCutOff ends an attempt before another process may take over.
+var errCutOff = errors.New("the Store has not answered for so long that another process may take over")
+
+// attempt makes one attempt at a step, which was stored at a time, and returns how it ended.
+func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.StepState, at time.Time) machine.Attempt {
+	ctx, cancel := context.WithCancelCause(ctx)
 	var beats sync.WaitGroup
-	beats.Go(func() { r.beat(ctx, cancel, st) })
-	defer beats.Wait()
-	defer cancel()
+	beats.Go(func() { r.beat(ctx, cancel, st, step, at) })
+	end := machine.Attempt{Name: step.Name, Gen: step.Gen}
+	end.Cause, end.Effects = r.try(ctx, st, step)
+	end.Stopped = end.Cause != "" && context.Cause(ctx) == errCutOff
+	cancel(nil)
+	beats.Wait()
+	return end
+}
+
+// try makes an attempt and returns why it failed, and how many effects were undone.
+func (r *Rollout) try(ctx context.Context, st *machine.State, step machine.StepState) (cause string, effects int) {
 	if !r.awaitSessions(ctx) { // those of a rollback that was not known before the attempt was stored
 		return context.Cause(ctx).Error(), 0
 	}
@@ -153,18 +195,23 @@ func (r *Rollout) attempt(ctx context.Context, st *machine.State, step machine.S
 }
 
 // beat shows once a tick that the runner of the steps is alive, and ends the attempt where another one has taken over, or
-// where the step needs none any more.
-func (r *Rollout) beat(ctx context.Context, cancel func(), st *machine.State) {
-	was, _ := machine.NextStep(st)
+// may do so soon because none of these signs was stored lately, or where the step needs none any more.
+func (r *Rollout) beat(ctx context.Context, cancel context.CancelCauseFunc, st *machine.State, step machine.StepState, at time.Time) {
+	lease := r.stepsPatience(true) * 2 / 3
+	over := time.AfterFunc(time.Until(at.Add(lease)), func() { cancel(errCutOff) })
+	defer over.Stop()
 	for sleep(ctx, r.o.Interval) {
-		_, _ = r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
-			now, ok := machine.NextStep(s)
-			if s.Term != st.Term || !ok || now.Name != was.Name || now.Gen != was.Gen {
-				cancel()
+		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+			if s.Term != st.Term || !s.Needs(step.Name, step.Gen) {
+				cancel(nil)
 				return nil, nil
 			}
+			at = time.Now()
 			s.Beat++
 			return nil, nil
 		})
+		if err == nil {
+			over.Reset(time.Until(at.Add(lease)))
+		}
 	}
 }

@@ -24,13 +24,18 @@ func use[T any](ctx context.Context, r *Rollout, f func(context.Context) (T, err
 	return useFor(ctx, r, r.storeTimeout(), f)
 }
 
+// untried is why the Store was not asked at all.
+type untried struct{ error }
+
+func (u untried) Unwrap() error { return u.error }
+
 func useFor[T any](ctx context.Context, r *Rollout, limit time.Duration, f func(context.Context) (T, error)) (T, error) {
 	var zero T
 	if err := ctx.Err(); err != nil {
-		return zero, err
+		return zero, untried{err}
 	}
 	if r.stray.Load() >= maxStray {
-		return zero, errors.New("the Store has not come back from earlier calls")
+		return zero, untried{errors.New("the Store has not come back from earlier calls")}
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -277,7 +282,8 @@ func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []
 		r.publishLocked()
 		r.markLocked(st)
 		r.revokeLocked()
-		r.journal.settle(st.Settled)
+		r.journal.settle(st)
+		signal(r.turned)
 	}
 	r.mu.Unlock()
 	for _, e := range events {

@@ -40,7 +40,7 @@ func (m *move) generation(nonce, note string) {
 		Version: p.Version, Versions: versions,
 		Policy: p.Policy, Assignment: p.Assignment, Undoes: p.Steps, Salt: p.Salt, Holdback: p.Holdback,
 		Notes: m.Notes, Cursors: cursors, Retired: m.Retired,
-		Effects: p.Undoes || m.Effects && m.Settled < m.Gen, Settled: m.Settled, Steps: m.undoing(),
+		Effects: p.Undoes || m.Effects && m.Settled < m.Gen, Settled: m.Settled, Steps: m.undoing(), Waives: m.unsettled(),
 	}
 	if seen { // a candidate that was judged before is judged again: its bound pays for both
 		m.Gates.Starts = versions[at].Starts

@@ -43,7 +43,12 @@ func EffectName(rollout, name string) bool {
 // MaxKind is how many bytes the name of a kind of effects may have.
 const MaxKind = 128
 
-// Excuses reports whether an operator has waived an effect of the step.
-func (st *StepState) Excuses(key, kind string) bool {
-	return slices.Contains(st.Waives, key) || slices.Contains(st.Waives, undoKind+kind)
+// Excuses reports whether an operator has waived an effect.
+func (s *State) Excuses(key, kind, ring string, gen uint64) bool {
+	return slices.ContainsFunc(s.Waives, func(w Waive) bool {
+		if gen > w.Gen || w.Ring != "" && w.Ring != ring {
+			return false
+		}
+		return w.Name == key || w.Name == undoKind+kind || w.Name == ringStep(w.Ring)
+	})
 }

@@ -20,12 +20,20 @@ func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State,
 	s.Gen, s.Ver = max(stored.Gen, known.Gen), max(stored.Ver, known.Ver)+1
 	s.Epoch, s.Round, s.Term = max(stored.Epoch, known.Epoch), max(stored.Round, known.Round), max(stored.Term, known.Term)
 	s.Effects, s.Settled = stored.Effects || known.Effects, max(stored.Settled, known.Settled)
+	for _, w := range slices.Concat(stored.Waives, known.Waives) {
+		if !slices.Contains(s.Waives, w) && s.waived() < MaxWaives {
+			s.Waives = append(s.Waives, w)
+		}
+	}
 	s.Nonce = nonce
 	s.Cursors, s.Lost = nil, nil
 	if stored.Gen == known.Gen {
 		for _, ring := range slices.Concat(stored.Rings, known.Rings) {
 			if !slices.Contains(s.Rings, ring) {
 				s.Rings = append(s.Rings, ring)
+				if s.Effects && !s.Phase.Latched() {
+					m.undoAlso(ring)
+				}
 			}
 		}
 		if stored.Phase.Latched() && !s.Phase.Latched() {

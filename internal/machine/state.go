@@ -27,7 +27,7 @@ const (
 	MaxBytes    = 900 << 10
 
 	MaxRationales = 16 << 10 // bytes of an incident's rationales together
-	MaxWaives     = 256      // of one step
+	MaxWaives     = 256      // effects and kinds of effects that are waived
 )
 
 // Phase is where a rollout is. The zero value is Pending.
@@ -130,8 +130,10 @@ type State struct {
 	Term   uint64      `json:"term,omitempty"` // fences the runner of steps
 	Beat   uint64      `json:"beat,omitempty"` // of the runner, while it lives
 
+	Waives []Waive `json:"waives,omitempty"` // what an operator has waived of effects that may not be settled
+
 	Effects bool   `json:"effects,omitempty"` // effects may be journalled, of this generation or of one before it
-	Settled uint64 `json:"settled,omitempty"` // effects of generations up to this one are undone, or are to stay
+	Settled uint64 `json:"settled,omitempty"` // effects of generations up to this one are undone, or are to stay, but for those of Steps
 
 	Incident *Incident `json:"incident,omitempty"`
 	History  []Change  `json:"history,omitempty"` // of this generation's shares, newest last
@@ -261,17 +263,25 @@ type HoldCause struct {
 type StepState struct {
 	Name     string `json:"name"`
 	Attempts int    `json:"attempts,omitempty"`
+	Turn     uint64 `json:"turn,omitempty"` // grows with every attempt at any step
 	Done     bool   `json:"done,omitempty"`
 	Waived   bool   `json:"waived,omitempty"` // done by an operator's word alone
 	Err      string `json:"err,omitempty"`    // of the last attempt
 
-	// Undo: the step is to undo what is journalled, of all generations that are not settled up to this one: of one ring, or
-	// of all.
-	Undo    bool     `json:"undo,omitempty"`
-	Ring    string   `json:"ring,omitempty"`
-	Gen     uint64   `json:"gen,omitempty"`
-	Waives  []string `json:"waives,omitempty"`  // effects, or kinds of effects, that an operator has waived
-	Effects int      `json:"effects,omitempty"` // undone in it, as far as was counted
+	// Undo: the step is to undo what is journalled, of the generations after From up to Gen: of one ring, or of all. What a
+	// completion settled before a ring's effects were undone is between the two.
+	Undo    bool   `json:"undo,omitempty"`
+	Ring    string `json:"ring,omitempty"`
+	From    uint64 `json:"from,omitempty"`
+	Gen     uint64 `json:"gen,omitempty"`
+	Effects int    `json:"effects,omitempty"` // undone in it, as far as was counted
+}
+
+// Waive is an operator's word that effects need not be undone, whichever step comes upon them.
+type Waive struct {
+	Name string `json:"name"`           // an effect's key, a kind as "undo:KIND", or the step of a ring
+	Ring string `json:"ring,omitempty"` // of the effects; "": of all
+	Gen  uint64 `json:"gen"`            // and of generations up to this one
 }
 
 // Change is one change of shares.
@@ -322,7 +332,7 @@ func (s *State) Clone() *State {
 	c.Sources = maps.Clone(s.Sources) // the values inside never change
 	c.Gates = s.Gates.Clone()
 	c.Reported, c.Acted = slices.Clone(s.Reported), slices.Clone(s.Acted)
-	c.Steps = slices.Clone(s.Steps)
+	c.Steps, c.Waives = slices.Clone(s.Steps), slices.Clone(s.Waives)
 	c.History = slices.Clone(s.History) // the maps inside never change
 	c.Notes = slices.Clone(s.Notes)
 	if s.Hold != nil {
@@ -427,9 +437,12 @@ func (s *State) check(name string) error {
 		}
 	}
 	for _, st := range s.Steps {
-		if st.Attempts < 0 || st.Effects < 0 || len(st.Waives) > MaxWaives {
+		if st.Attempts < 0 || st.Effects < 0 {
 			return fmt.Errorf("the journal of the step %q cannot be", st.Name)
 		}
+	}
+	if n := s.waived(); n > MaxWaives {
+		return fmt.Errorf("%d effects are waived", n)
 	}
 	if err := checkOpen(s.Lost); err != nil {
 		return err

@@ -417,6 +417,7 @@ func (m *move) forget(results []judge.Result) {
 func (m *move) rollback(in *Incident) {
 	from := m.Phase
 	m.Incident = in
+	rings := m.undoing()
 	m.Steps, m.Set, m.Lost = nil, nil, nil
 	m.Versions = slices.Clone(m.Versions)
 	for i := range m.Versions {
@@ -430,7 +431,13 @@ func (m *move) rollback(in *Incident) {
 		}
 	}
 	if m.Effects && (m.Exposed || m.Settled+1 < m.Gen) { // also what was done for a candidate that this one replaced
-		m.Steps = append(m.Steps, StepState{Name: UndoStep, Undo: true, Gen: m.Gen})
+		m.Steps = append(m.Steps, StepState{Name: UndoStep, Undo: true, From: m.Settled, Gen: m.Gen})
+	}
+	for _, st := range rings {
+		if st.From < m.Settled { // what else it has is everybody's now
+			st.Attempts, st.Turn = 0, 0
+			m.Steps = append(m.Steps, st)
+		}
 	}
 	m.phase(RollingBack)
 	m.reshare()
@@ -444,7 +451,6 @@ func (m *move) finish() {
 		return
 	}
 	if m.Phase != RollingBack {
-		m.settle()
 		return
 	}
 	from := m.Phase
