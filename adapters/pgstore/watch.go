@@ -188,7 +188,7 @@ func (s *Store) listenUntil(ctx context.Context) error {
 			(strings.HasPrefix(pg.Code, "0A") || strings.HasPrefix(pg.Code, "42")) {
 			return err
 		}
-		if time.Since(start) > maxRetry {
+		if time.Since(start) > time.Second {
 			retry = minRetry // that connection was a good one
 		}
 		timer := time.NewTimer(retry/2 + rand.N(retry/2))
