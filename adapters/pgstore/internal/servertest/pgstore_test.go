@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -24,7 +25,7 @@ import (
 var _ rollout.Store = (*pgstore.Store)(nil)
 
 func TestListening(t *testing.T) {
-	testStore(t, func(*pgxpool.Config) {}, pgstore.Options{})
+	testStore(t, nil, pgstore.Options{})
 }
 
 // With the least pool, and the settings of a database and a pool that are most unlike the usual ones.
@@ -64,6 +65,75 @@ func testStore(t *testing.T, change func(*pgxpool.Config), o pgstore.Options) {
 			},
 		}
 	})
+}
+
+// Through a PgBouncer that lends two connections, for a statement each: polling, or listening past it.
+func TestPgBouncer(t *testing.T) {
+	server := postgres(t)
+	bouncer := pgbouncer(t, server)
+	direct, err := pgx.ParseConfig(url(server.addr()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := newTable()
+	stores := []*pgstore.Store{
+		create(t, newPool(t, bouncer, nil), pgstore.Options{Table: table, Poll: 20 * time.Millisecond}),
+		create(t, newPool(t, bouncer, nil), pgstore.Options{Table: table, Listen: direct}),
+	}
+	var watchers, writers sync.WaitGroup
+	const each, n = 10, 10 * 8
+	for i, s := range stores {
+		hints := watch(t, s, "n")
+		watchers.Go(func() {
+			for v := ""; v != fmt.Sprint(n); { // hints come until it has
+				select {
+				case <-hints:
+				case <-time.After(patience):
+					t.Errorf("store %d: no hint after it was %q", i, v)
+					return
+				}
+				b, _, err := s.Load(t.Context(), "n")
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				v = string(b)
+			}
+		})
+	}
+	for i := range n / each {
+		s := stores[i%2]
+		writers.Go(func() {
+			for range each {
+				if err := increment(t.Context(), s, "n"); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	writers.Wait()
+	watchers.Wait()
+	for _, s := range stores {
+		all, err := s.List(t.Context(), "")
+		if err != nil || len(all) != 1 || string(all["n"]) != fmt.Sprint(n) {
+			t.Errorf("List = %q, %v, want %d", all, err, n)
+		}
+	}
+}
+
+// increment adds 1 to the number in key.
+func increment(ctx context.Context, s *pgstore.Store, key string) error {
+	for {
+		v, rev, err := s.Load(ctx, key)
+		if err != nil {
+			return err
+		}
+		n, _ := strconv.Atoi(string(v))
+		if _, ok, err := s.CompareAndSwap(ctx, key, rev, strconv.AppendInt(nil, int64(n+1), 10)); ok || err != nil {
+			return err
+		}
+	}
 }
 
 var tables atomic.Int64

@@ -22,8 +22,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// The tests need initdb and postgres, in PATH or where Debian puts them. Without them they are skipped, but not where
-// ROLLOUT_POSTGRES is "required", as in .ci/run.
+// The tests need initdb, postgres and pgbouncer, in PATH or where Debian puts them. What needs one that is not there is
+// skipped, but fails where ROLLOUT_SERVERS is "required", as in .ci/run.
 
 const patience = 20 * time.Second // for what should take a second at most, on a machine that has much else to do
 
@@ -46,32 +46,120 @@ func TestMain(m *testing.M) {
 func postgres(t testing.TB) *server {
 	t.Helper()
 	shared.Do(func() { shared.server, shared.err = newServer() })
-	if errors.Is(shared.err, exec.ErrNotFound) && os.Getenv("ROLLOUT_POSTGRES") != "required" {
-		t.Skip("no PostgreSQL is installed: ", shared.err)
-	}
+	skipWithout(t, shared.err)
 	if shared.err != nil {
 		t.Fatal(shared.err)
 	}
 	return shared.server
 }
 
+func skipWithout(t testing.TB, err error) {
+	t.Helper()
+	if errors.Is(err, exec.ErrNotFound) && os.Getenv("ROLLOUT_SERVERS") != "required" {
+		t.Skip("not installed: ", err)
+	}
+}
+
+// find returns where a program is, in PATH or at the last match of pattern. Its error is exec.ErrNotFound.
+func find(name, pattern string) (string, error) {
+	if path, err := exec.LookPath(name); err == nil {
+		return filepath.EvalSymlinks(path)
+	}
+	found, err := filepath.Glob(pattern)
+	if err != nil || len(found) == 0 {
+		return "", fmt.Errorf("%s: %w", name, exec.ErrNotFound)
+	}
+	return found[len(found)-1], nil
+}
+
+// nobody is whom programs run as that refuse to run as root. It is nil if we are not root.
+func nobody() *syscall.Credential {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	return &syscall.Credential{Uid: 65534, Gid: 65534}
+}
+
+func chown(path string) error {
+	if c := nobody(); c != nil {
+		return os.Lchown(path, int(c.Uid), int(c.Gid))
+	}
+	return nil
+}
+
+// A process is a program that runs beside the tests.
+type process struct {
+	*os.Process
+	ended  chan struct{} // closed when it has ended
+	output bytes.Buffer  // to be read when it has ended
+}
+
+// begin starts a program in dir, and returns when ready returns no error.
+func begin(ready func(context.Context) error, dir, path string, args ...string) (*process, error) {
+	p := &process{ended: make(chan struct{})}
+	cmd := exec.Command(path, args...)
+	cmd.Dir = dir
+	cmd.Stdout, cmd.Stderr = &p.output, &p.output
+	cmd.SysProcAttr = sysProcAttr(nobody())
+	started := make(chan error)
+	go func() {
+		// The signal that a program gets at the death of its parent is that of this thread.
+		runtime.LockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			cmd.Wait()
+		}
+		close(p.ended)
+	}()
+	if err := <-started; err != nil {
+		return nil, err
+	}
+	p.Process = cmd.Process
+	for begun := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		err := ready(ctx)
+		cancel()
+		if err == nil {
+			return p, nil
+		}
+		select {
+		case <-p.ended:
+			return nil, fmt.Errorf("%s ended:\n%s", path, p.output.String())
+		default:
+		}
+		if time.Since(begun) > patience {
+			p.end(syscall.SIGQUIT)
+			return nil, fmt.Errorf("%s is not ready: %w\n%s", path, err, p.output.String())
+		}
+	}
+}
+
+// end ends the program by a signal, and returns when it has ended. It may have ended before.
+func (p *process) end(signal os.Signal) {
+	p.Signal(signal)
+	select {
+	case <-p.ended:
+	case <-time.After(patience):
+		p.Kill()
+		<-p.ended
+	}
+}
+
 // A server is a PostgreSQL with a data directory and a port of its own.
 type server struct {
-	bin  string // the directory of its programs
-	dir  string // holds data, and nothing else
-	port int
-	cred *syscall.Credential // nil: run as we do
-
-	process *os.Process
-	ended   chan struct{} // closed when process has ended
-	output  bytes.Buffer  // of process; to be read when that has ended
+	bin     string // the directory of its programs
+	dir     string // holds the data directory, and nothing else
+	port    int
+	process *process
 }
 
 func newServer() (_ *server, err error) {
-	s := &server{}
-	if s.bin, err = findPrograms(); err != nil {
+	initdb, err := find("initdb", "/usr/lib/postgresql/*/bin/initdb")
+	if err != nil {
 		return nil, err
 	}
+	s := &server{bin: filepath.Dir(initdb)}
 	if s.dir, err = os.MkdirTemp("", "pgstore"); err != nil {
 		return nil, err
 	}
@@ -80,17 +168,13 @@ func newServer() (_ *server, err error) {
 			s.remove()
 		}
 	}()
-	if os.Geteuid() == 0 { // PostgreSQL refuses to run as root
-		const nobody = 65534
-		s.cred = &syscall.Credential{Uid: nobody, Gid: nobody}
-		if err := os.Chown(s.dir, nobody, nobody); err != nil {
-			return nil, err
-		}
+	if err := chown(s.dir); err != nil {
+		return nil, err
 	}
-	initdb := exec.Command(filepath.Join(s.bin, "initdb"), "-D", s.data(), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
-	initdb.Dir = s.dir
-	initdb.SysProcAttr = sysProcAttr(s.cred)
-	if out, err := initdb.CombinedOutput(); err != nil {
+	cmd := exec.Command(initdb, "-D", s.data(), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
+	cmd.Dir = s.dir
+	cmd.SysProcAttr = sysProcAttr(nobody())
+	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("initdb: %w\n%s", err, out)
 	}
 	for range 5 { // another process may take the port before the server does
@@ -104,21 +188,6 @@ func newServer() (_ *server, err error) {
 	return nil, err
 }
 
-// findPrograms returns an error that is exec.ErrNotFound if there are none.
-func findPrograms() (string, error) {
-	if path, err := exec.LookPath("initdb"); err == nil {
-		if path, err = filepath.EvalSymlinks(path); err != nil {
-			return "", err
-		}
-		return filepath.Dir(path), nil
-	}
-	found, err := filepath.Glob("/usr/lib/postgresql/*/bin/initdb")
-	if err != nil || len(found) == 0 {
-		return "", fmt.Errorf("initdb: %w", exec.ErrNotFound)
-	}
-	return filepath.Dir(found[len(found)-1]), nil
-}
-
 func freePort() (int, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -130,67 +199,33 @@ func freePort() (int, error) {
 
 func (s *server) data() string { return filepath.Join(s.dir, "data") }
 
-func (s *server) addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(s.port)) }
+func (s *server) addr() string { return localhost(s.port) }
+
+func localhost(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }
 
 // start starts the server and returns when it can be used.
-func (s *server) start() error {
-	s.output.Reset()
-	cmd := exec.Command(filepath.Join(s.bin, "postgres"), "-D", s.data(), "-h", "127.0.0.1", "-p", strconv.Itoa(s.port), "-k", "",
+func (s *server) start() (err error) {
+	s.process, err = begin(func(ctx context.Context) error { return connect(ctx, s.addr()) }, s.dir,
+		filepath.Join(s.bin, "postgres"), "-D", s.data(), "-h", "127.0.0.1", "-p", strconv.Itoa(s.port), "-k", "",
 		"-c", "fsync=off", // a crash of the server alone loses nothing
 		"-c", "shared_buffers=16MB", "-c", "max_connections=60", "-c", "log_min_messages=fatal")
-	cmd.Dir = s.dir
-	cmd.Stdout, cmd.Stderr = &s.output, &s.output
-	cmd.SysProcAttr = sysProcAttr(s.cred)
-	started := make(chan error)
-	ended := make(chan struct{})
-	go func() {
-		// The signal that the server gets at the death of its parent is that of this thread.
-		runtime.LockOSThread()
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			cmd.Wait()
-		}
-		close(ended)
-	}()
-	if err := <-started; err != nil {
-		return err
-	}
-	s.process, s.ended = cmd.Process, ended
-	for begun := time.Now(); ; time.Sleep(5 * time.Millisecond) {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		conn, err := pgx.Connect(ctx, url(s.addr()))
-		if err == nil {
-			conn.Close(ctx)
-		}
-		cancel()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ended:
-			return fmt.Errorf("postgres ended:\n%s", s.output.String())
-		default:
-		}
-		if time.Since(begun) > patience {
-			s.stop(syscall.SIGQUIT)
-			return fmt.Errorf("postgres is not ready: %w\n%s", err, s.output.String())
-		}
+	return err
+}
+
+// stop ends the server: SIGQUIT is a crash, SIGINT is not.
+func (s *server) stop(signal os.Signal) {
+	if s.process != nil {
+		s.process.end(signal)
 	}
 }
 
-// stop ends the server: SIGQUIT is a crash, SIGINT is not. It may have ended already.
-func (s *server) stop(signal os.Signal) {
-	if s.process == nil {
-		return
+// connect makes sure that there is a database at addr.
+func connect(ctx context.Context, addr string) error {
+	conn, err := pgx.Connect(ctx, url(addr))
+	if err != nil {
+		return err
 	}
-	s.process.Signal(signal)
-	select {
-	case <-s.ended:
-	case <-time.After(patience):
-		s.process.Kill()
-		<-s.ended
-	}
+	return conn.Close(ctx)
 }
 
 func (s *server) crashAndRestart(t testing.TB) {
@@ -207,7 +242,7 @@ func (s *server) snapshot(t testing.TB) (restore func(t testing.TB)) {
 	t.Helper()
 	s.stop(syscall.SIGINT)
 	saved := filepath.Join(s.dir, "saved")
-	s.copy(t, s.data(), saved)
+	copyData(t, s.data(), saved)
 	if err := s.start(); err != nil {
 		t.Fatal(err)
 	}
@@ -218,21 +253,21 @@ func (s *server) snapshot(t testing.TB) (restore func(t testing.TB)) {
 		if err := os.RemoveAll(s.data()); err != nil {
 			t.Fatal(err)
 		}
-		s.copy(t, saved, s.data())
+		copyData(t, saved, s.data())
 		if err := s.start(); err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-func (s *server) copy(t testing.TB, from, to string) {
+func copyData(t testing.TB, from, to string) {
 	t.Helper()
 	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
 		t.Fatal(err)
 	}
 	err := filepath.WalkDir(to, func(path string, d fs.DirEntry, err error) error {
-		if err == nil && s.cred != nil {
-			err = os.Lchown(path, int(s.cred.Uid), int(s.cred.Gid))
+		if err == nil {
+			err = chown(path)
 		}
 		if err == nil && d.IsDir() {
 			err = os.Chmod(path, 0o700)
@@ -251,3 +286,46 @@ func (s *server) remove() {
 
 // url is where the server is found at addr, which may be that of a proxy.
 func url(addr string) string { return "postgres://postgres@" + addr + "/postgres?sslmode=disable" }
+
+// pgbouncer starts a PgBouncer before s that pools transactions, with fewer connections than it has clients. It returns
+// its address.
+func pgbouncer(t testing.TB, s *server) string {
+	t.Helper()
+	path, err := find("pgbouncer", "/usr/sbin/pgbouncer")
+	skipWithout(t, err)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "pgstore")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	port, err := freePort()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := filepath.Join(dir, "pgbouncer.ini")
+	err = os.WriteFile(config, fmt.Appendf(nil, `[databases]
+* = host=127.0.0.1 port=%d user=postgres
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = %d
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 2
+`, s.port, port), 0o644)
+	if err == nil {
+		err = errors.Join(chown(dir), chown(config))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := begin(func(ctx context.Context) error { return connect(ctx, localhost(port)) }, dir, path, "-q", config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.end(syscall.SIGQUIT) })
+	return localhost(port)
+}
