@@ -41,22 +41,18 @@ func (s *Store) Watch(ctx context.Context, prefix string, changed func()) error 
 		return s.watchPolling(ctx, prefix, changed)
 	}
 	w := &watcher{prefix: prefix, hint: make(chan struct{}, 1), failed: make(chan error, 1)}
-	w.tell() // the one at the start
 	s.join(w)
 	defer s.leave(w)
-	for {
+	for ctx.Err() == nil {
+		changed()
 		select {
 		case <-ctx.Done():
-			return nil
 		case err := <-w.failed:
 			return fmt.Errorf("pgstore: watch keys %q: %w", prefix, err)
 		case <-w.hint:
 		}
-		if ctx.Err() != nil { // both were ready
-			return nil
-		}
-		changed()
 	}
+	return nil
 }
 
 // watchPolling compares the sum of the revisions, which are random: no change
