@@ -341,6 +341,50 @@ func until(t testing.TB, what string, f func() bool) {
 	}
 }
 
+// A network that swallows everything holds up no call longer than its context, and no Watch: one that listens, one that
+// connects, and one that polls.
+func TestSwallowed(t *testing.T) {
+	server := postgres(t)
+	p := storetest.NewProxy(t, server.addr())
+	o := pgstore.Options{Table: newTable()}
+	s := create(t, newPool(t, p.Addr(), nil), o)
+	connecting := newStore(t, newPool(t, p.Addr(), nil), o)
+	o.Poll = time.Millisecond
+	polling := newStore(t, newPool(t, p.Addr(), nil), o)
+
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ended := make(chan error, 3)
+	listens := make(chan bool, 2)
+	go func() { ended <- s.Watch(ctx, "", func() { listens <- true }) }()
+	for range 2 {
+		waitHint(t, listens)
+	}
+	p.HoldRequests("")
+	p.HoldReplies("")
+	defer p.Release() // or the pools wait to say goodbye
+	go func() { ended <- connecting.Watch(ctx, "", func() {}) }()
+	go func() { ended <- polling.Watch(ctx, "", func() {}) }()
+
+	short, cancel2 := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel2()
+	begun := time.Now()
+	_, _, err1 := s.Load(short, "k")
+	_, swapped, err2 := s.CompareAndSwap(short, "k", 0, []byte("v"))
+	if !errors.Is(err1, context.DeadlineExceeded) || swapped || !errors.Is(err2, context.DeadlineExceeded) {
+		t.Errorf("Load: %v; CompareAndSwap: %v, %v", err1, swapped, err2)
+	}
+	cancel()
+	for range 3 {
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}
+	if d := time.Since(begun); d > 3*time.Second {
+		t.Errorf("it took %v", d)
+	}
+}
+
 // A password that changes is asked for before each connection, also the one that listens; and a handler of notifications
 // that the pool's connections have is not in the way.
 func TestPoolHooks(t *testing.T) {
