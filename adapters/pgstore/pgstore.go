@@ -40,8 +40,13 @@
 // either one holds. A process started after the failover cannot know what was
 // lost, so a rollback is certain to hold only where standbys are synchronous.
 //
+// After the server was away, reads find a connection that works by themselves.
+// A write on one that is broken fails, and may have been done; the library then
+// looks.
+//
 // Transactions are those of single statements, at whatever isolation is the
-// database's default.
+// database's default. Every write notifies, and PostgreSQL commits transactions
+// that notify one after the other, but a rollout writes a few times a tick.
 //
 // # PgBouncer
 //

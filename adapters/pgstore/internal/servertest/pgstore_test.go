@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strconv"
 	"strings"
 	"sync"
@@ -26,6 +27,62 @@ var _ rollout.Store = (*pgstore.Store)(nil)
 
 func TestListening(t *testing.T) {
 	testStore(t, nil, pgstore.Options{})
+}
+
+// Two processes with one table are one rollout: what is rolled back in one is in the other, long before its next tick, and
+// is still when both start again.
+func TestRollout(t *testing.T) {
+	server := postgres(t)
+	table := newTable()
+	begin := func() (r *rollout.Rollout, stop func()) {
+		store := create(t, newPool(t, server.addr(), nil), pgstore.Options{Table: table})
+		policy := rollout.Policy{
+			Stages:   rollout.Percentages(50, 100),
+			Bake:     time.Hour,
+			Gates:    []rollout.Gate{rollout.Errors.Within(1)},
+			Holdback: 5,
+		}
+		r, err := rollout.New("checkout", policy, &rollout.Options{Store: store, Interval: time.Hour, Logger: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- r.Run(ctx) }()
+		until(t, "the state is loaded", func() bool { return r.Status().Loaded })
+		return r, func() {
+			cancel()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	served := func(r *rollout.Rollout) bool { // to any of many units
+		for i := range 100 {
+			if r.Peek(rollout.Unit{Key: strconv.Itoa(i)}).Enabled() {
+				return true
+			}
+		}
+		return false
+	}
+	one, stop1 := begin()
+	two, stop2 := begin()
+	for _, r := range []*rollout.Rollout{one, two} {
+		until(t, "the candidate is served", func() bool { return served(r) })
+	}
+	if err := one.Rollback(t.Context(), "eve"); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	until(t, "the other process has rolled back", func() bool { return !served(two) })
+	t.Logf("%v after the first", time.Since(begun).Round(time.Millisecond))
+	stop1()
+	stop2()
+	three, stop3 := begin()
+	if s := three.Status(); served(three) || s.State != rollout.RolledBack && s.State != rollout.RollingBack {
+		t.Errorf("started again it is %v", s.State)
+	}
+	stop3()
 }
 
 // With the least pool, and the settings of a database and a pool that are most unlike the usual ones.
