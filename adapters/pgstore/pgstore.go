@@ -46,7 +46,8 @@
 //
 // Transactions are those of single statements, at whatever isolation is the
 // database's default. Every write notifies, and PostgreSQL commits transactions
-// that notify one after the other, but a rollout writes a few times a tick.
+// that notify one after the other; but a rollout writes little, a few times a
+// tick and once for each effect that is journalled.
 //
 // # PgBouncer
 //
