@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -93,10 +94,15 @@ var cases = []struct {
 	{"Restored", testRestored},
 }
 
-const (
-	patience = 20 * time.Second // for what should take milliseconds, on a machine that has much else to do
-	soon     = 3 * time.Second  // for Watch to return once its context has ended
-)
+// patience is for what should take milliseconds, on a machine that has much else to do.
+func patience(t testing.TB) time.Duration {
+	if t, ok := t.(interface{ patience() time.Duration }); ok { // in this package's own tests
+		return t.patience()
+	}
+	return 20 * time.Second
+}
+
+const soon = 3 * time.Second // for Watch to return once its context has ended
 
 func testAbsent(t testing.TB, b Backend) {
 	s := b.Open(t)
@@ -159,7 +165,9 @@ func testDelete(t testing.TB, b Backend) {
 	}
 	r3 := swap(t, s, "k", 0, []byte("two"))
 	wantLoad(t, other, "k", []byte("two"), r3)
-	wantRefused(t, other, "k", r2, []byte("late")) // the same value, but not the same revision
+	for _, rev := range []uint64{r1, r2} {
+		wantRefused(t, other, "k", rev, []byte("late")) // the same value, but not the same revision
+	}
 	wantLoad(t, other, "k", []byte("two"), r3)
 }
 
@@ -327,6 +335,7 @@ func testContention(t testing.TB, b Backend) {
 						t.Error(err)
 						return
 					}
+					runtime.Gosched()
 					_, ok, err := s.CompareAndSwap(ctx, "n", rev, strconv.AppendInt(nil, int64(n+1), 10))
 					if err != nil {
 						t.Errorf("CompareAndSwap: %v", err)
@@ -360,12 +369,12 @@ func testInterrupted(t testing.TB, b Backend) {
 			s := handles[i%2]
 			wait := 20 * time.Microsecond
 			for j := range 20 {
-				short := func() (context.Context, context.CancelFunc) {
+				short := func() (context.Context, context.CancelFunc) { // so short that some end in flight, whatever the store
 					wait = min(wait*5/4, 200*time.Millisecond)
 					return context.WithTimeout(ctx, rand.N(wait))
 				}
 				err := appendOnce(ctx, s, "log", fmt.Sprintf("%d-%d", i, j), short, &unknown)
-				wait = min(wait, 5*time.Millisecond) / 4
+				wait = max(wait/4, 20*time.Microsecond)
 				if err != nil {
 					t.Error(err)
 					return
@@ -459,27 +468,24 @@ func testWatchStart(t testing.TB, b Backend) {
 func testWatchChange(t testing.TB, b Backend) {
 	s, other := b.Open(t), b.Open(t)
 	key := "w/a.b/k *"
-	hints := map[string]<-chan bool{}
+	seen := map[string]<-chan uint64{}
 	for _, prefix := range []string{"", "w", "w/", "w/a", "w/a.b/k ", key} {
-		hints[prefix] = watch(t, s, prefix)
-		waitHint(t, hints[prefix], "at the start")
+		seen[prefix] = watchLoad(t, s, prefix, key)
 	}
+	wait := func(rev uint64, which string) {
+		t.Helper()
+		for prefix, seen := range seen {
+			waitSeen(t, seen, rev, fmt.Sprintf("under %q %s", prefix, which))
+		}
+	}
+	wait(0, "at the start")
 	var rev uint64
 	for i, v := range [][]byte{[]byte("v1"), []byte("v2"), {}, nil, []byte("v1"), random(300 << 10)} {
 		rev = swap(t, other, key, rev, v)
 		if i == 1 { // what is under no watched prefix may be told of
 			swap(t, other, "other", 0, []byte("v"))
 		}
-		for prefix, hints := range hints {
-			for { // a hint may come before the change, too
-				waitHint(t, hints, fmt.Sprintf("under %q of change %d", prefix, i))
-				if got, r, err := s.Load(bounded(t), key); err != nil {
-					t.Fatal(err)
-				} else if r == rev && bytes.Equal(got, v) {
-					break
-				}
-			}
-		}
+		wait(rev, fmt.Sprintf("of change %d", i))
 	}
 }
 
@@ -488,15 +494,14 @@ func testWatchTurns(t testing.TB, b Backend) {
 	s, other := b.Open(t), b.Open(t)
 	ctx, cancel := context.WithCancel(bounded(t))
 	defer cancel()
-	entered, release, ended := make(chan bool), make(chan bool), make(chan error)
-	var inside atomic.Int64
+	entered, release, ended := make(chan bool), make(chan bool), make(chan error, 1)
 	calls := 0
 	go func() {
-		ended <- s.Watch(ctx, "", func() {
-			if inside.Add(1) != 1 {
-				t.Error("called while another call had not returned")
+		ended <- callWatch(ctx, s, func() {
+			if !inCallWatch() {
+				t.Error("called from another goroutine than the one that called Watch")
+				runtime.Goexit()
 			}
-			defer inside.Add(-1)
 			if calls++; calls == 1 {
 				close(entered)
 				<-release
@@ -519,7 +524,7 @@ func testWatchTurns(t testing.TB, b Backend) {
 	}()
 	select {
 	case <-entered:
-	case <-time.After(patience):
+	case <-time.After(patience(t)):
 		t.Fatal("no hint at the start")
 	}
 	var rev uint64
@@ -532,11 +537,28 @@ func testWatchTurns(t testing.TB, b Backend) {
 		if err != nil {
 			t.Errorf("Watch = %v, want nil", err)
 		}
-	case <-time.After(patience):
+	case <-time.After(patience(t)):
 		t.Fatal("no hint after the changes that came during a call")
 	}
 	wantLoad(t, other, "n", nil, 0)
 	t.Logf("%d calls for 30 changes", calls-1)
+}
+
+func callWatch(ctx context.Context, s Store, changed func()) error { return s.Watch(ctx, "", changed) }
+
+// inCallWatch reports whether callWatch is among its callers.
+func inCallWatch() bool {
+	pcs := make([]uintptr, 100)
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(0, pcs)])
+	for {
+		frame, more := frames.Next()
+		if strings.HasSuffix(frame.Function, ".callWatch") {
+			return true
+		}
+		if !more {
+			return false
+		}
+	}
 }
 
 func testWatchEnd(t testing.TB, b Backend) {
@@ -557,7 +579,7 @@ func testWatchEnd(t testing.TB, b Backend) {
 		case err := <-ended:
 			cancel()
 			t.Fatalf("Watch = %v before its context ended", err)
-		case <-time.After(patience):
+		case <-time.After(patience(t)):
 			cancel()
 			t.Fatal("no hint at the start")
 		}
@@ -587,33 +609,36 @@ func proxied(t testing.TB, b Backend) (*Proxy, Store) {
 func testWatchCut(t testing.TB, b Backend) {
 	p, s := proxied(t, b)
 	direct := b.Open(t)
-	var rev uint64
-	hints := watch(t, s, "w/")
+	rev := swap(t, direct, "w/k", 0, []byte("before"))
+	hints, seen := watch(t, s, "w/"), watchLoad(t, s, "w/", "w/k")
 	waitHint(t, hints, "at the start")
+	waitSeen(t, seen, rev, "at the start")
 	for _, refuse := range []bool{false, true, false} {
 		drain(hints)
 		p.Refuse(refuse)
 		p.Cut()
-		if refuse { // a change meanwhile
-			rev = swap(t, direct, "w/k", rev, []byte("during"))
+		if refuse {
+			rev = swap(t, direct, "w/k", rev, []byte("meanwhile"))
 			p.Refuse(false)
 		}
 		begun := time.Now()
-		waitHint(t, hints, "after the connection was lost")
-		t.Logf("a hint %v after the connection could be made again", time.Since(begun).Round(time.Millisecond))
-		eventually(t, "the write before is seen", func(ctx context.Context) error {
-			if _, r, err := s.Load(ctx, "w/k"); r != rev {
-				return fmt.Errorf("Load = revision %d, %v, want %d", r, err, rev)
-			}
-			return nil
-		})
-		rev = swap(t, direct, "w/k", rev, []byte("after"))
-		for {
-			waitHint(t, hints, "of a change after the connection was lost")
-			if _, r, err := s.Load(bounded(t), "w/k"); err == nil && r == rev {
-				break
-			}
+		select {
+		case <-hints:
+		case <-time.After(patience(t) / 10): // it may not have been connected yet
+			p.Cut()
+			waitHint(t, hints, "after the connection was lost")
 		}
+		if refuse {
+			waitSeen(t, seen, rev, "of a change while there was no connection")
+		}
+		t.Logf("a hint %v after the connection could be made again", time.Since(begun).Round(time.Millisecond))
+		eventually(t, "the connection is back", func(ctx context.Context) error {
+			_, _, err := s.Load(ctx, "w/k")
+			return err
+		})
+		wantLoad(t, s, "w/k", []byte(map[bool]string{false: "before", true: "meanwhile"}[refuse]), rev)
+		rev = swap(t, direct, "w/k", rev, []byte("before"))
+		waitSeen(t, seen, rev, "of a change after the connection was lost")
 	}
 }
 
@@ -724,7 +749,7 @@ func interrupt(t testing.TB, p *Proxy, slow Store, hold func(mark string)) uint6
 			t.Fatalf("CompareAndSwap = %d, %v, %v while its request or reply was held", r.rev, r.ok, r.err)
 		default:
 		}
-		if time.Since(begun) > patience {
+		if time.Since(begun) > patience(t) {
 			t.Fatal("no request or reply to hold came")
 		}
 	}
@@ -734,7 +759,7 @@ func interrupt(t testing.TB, p *Proxy, slow Store, hold func(mark string)) uint6
 		if r.ok || r.err == nil {
 			t.Fatalf("CompareAndSwap = %d, %v, %v, but nobody can know the outcome: want an error", r.rev, r.ok, r.err)
 		}
-	case <-time.After(patience):
+	case <-time.After(patience(t)):
 		t.Fatal("CompareAndSwap has not returned though its context has ended")
 	}
 	return rev
@@ -751,8 +776,9 @@ func testRestart(t testing.TB, b Backend) {
 	gone := swap(t, s, "w/gone", 0, []byte("one"))
 	seen[rev], seen[gone] = true, true
 	swap(t, s, "w/gone", gone, nil)
-	hints := watch(t, s, "w/")
+	hints, saw := watch(t, s, "w/"), watchLoad(t, s, "w/", "w/k")
 	waitHint(t, hints, "at the start")
+	waitSeen(t, saw, rev, "at the start")
 	for range 2 {
 		drain(hints)
 		b.Restart(t)
@@ -770,12 +796,7 @@ func testRestart(t testing.TB, b Backend) {
 		}
 		swap(t, s, "w/k", rev, nil)
 		rev = swap(t, other, "w/k", 0, []byte("one"))
-		for { // the hints go on
-			waitHint(t, hints, "of a change after the restart")
-			if _, r, err := s.Load(bounded(t), "w/k"); err == nil && r == rev {
-				break
-			}
-		}
+		waitSeen(t, saw, rev, "of a change after the restart") // the hints go on
 		again := swap(t, other, "w/gone", 0, []byte("one"))
 		if seen[rev] || seen[again] {
 			t.Errorf("revision %d or %d came twice", rev, again)
@@ -829,7 +850,7 @@ func testRestored(t testing.TB, b Backend) {
 
 // bounded returns a context for a call that should take milliseconds.
 func bounded(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), patience(t))
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -910,16 +931,43 @@ func loadNumber(ctx context.Context, s Store, key string) (n int, rev uint64, er
 // watch watches until the test ends. The channel holds a value while a hint has come that nobody waited for.
 func watch(t testing.TB, s Store, prefix string) <-chan bool {
 	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
-	hints, ended := make(chan bool, 1), make(chan error, 1)
-	go func() {
-		ended <- s.Watch(ctx, prefix, func() {
+	hints := make(chan bool, 1)
+	watchFunc(t, s, prefix, func(context.Context) {
+		select {
+		case hints <- true:
+		default:
+		}
+	})
+	return hints
+}
+
+// watchLoad loads key at each hint, until there is no error. The channel holds the revision seen last, until it is received.
+func watchLoad(t testing.TB, s Store, prefix, key string) <-chan uint64 {
+	t.Helper()
+	seen := make(chan uint64, 1)
+	watchFunc(t, s, prefix, func(ctx context.Context) {
+		_, rev, err := s.Load(ctx, key)
+		for ; err != nil; _, rev, err = s.Load(ctx, key) {
 			select {
-			case hints <- true:
-			default:
+			case <-ctx.Done():
+				return
+			case <-time.After(5 * time.Millisecond):
 			}
-		})
-	}()
+		}
+		select {
+		case <-seen:
+		default:
+		}
+		seen <- rev
+	})
+	return seen
+}
+
+func watchFunc(t testing.TB, s Store, prefix string, changed func(ctx context.Context)) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Watch(ctx, prefix, func() { changed(ctx) }) }()
 	t.Cleanup(func() {
 		cancel()
 		select {
@@ -931,15 +979,29 @@ func watch(t testing.TB, s Store, prefix string) <-chan bool {
 			t.Errorf("Watch has not returned %v after its context ended", soon)
 		}
 	})
-	return hints
 }
 
 func waitHint(t testing.TB, hints <-chan bool, which string) {
 	t.Helper()
 	select {
 	case <-hints:
-	case <-time.After(patience):
+	case <-time.After(patience(t)):
 		t.Fatalf("no hint %s", which)
+	}
+}
+
+// waitSeen waits until a Load made at a hint saw rev.
+func waitSeen(t testing.TB, seen <-chan uint64, rev uint64, which string) {
+	t.Helper()
+	for end := time.After(patience(t)); ; {
+		select {
+		case got := <-seen:
+			if got == rev {
+				return
+			}
+		case <-end:
+			t.Fatalf("no hint %s, or one so early that a Load then does not see it", which)
+		}
 	}
 }
 
@@ -961,8 +1023,8 @@ func eventually(t testing.TB, what string, f func(ctx context.Context) error) {
 		if err == nil {
 			return
 		}
-		if time.Since(begun) > patience {
-			t.Fatalf("not yet after %v: %s: %v", patience, what, err)
+		if time.Since(begun) > patience(t) {
+			t.Fatalf("not yet after %v: %s: %v", patience(t), what, err)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
