@@ -68,6 +68,7 @@ import (
 	"math"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -105,6 +106,7 @@ type Store struct {
 	maxConns int
 	listen   *pgx.ConnConfig // nil: as the pool does
 	poll     time.Duration   // 0: listen
+	losses   atomic.Uint64   // connections of the pool that broke or could not be made
 
 	channel string
 	ddl     string
@@ -326,11 +328,13 @@ var errBroken = errors.New("the connection is broken")
 func (s *Store) with(ctx context.Context, f func(*pgconn.PgConn) error) error {
 	c, err := s.pool.Acquire(ctx)
 	if err != nil {
+		s.losses.Add(1)
 		return err
 	}
 	defer c.Release()
 	conn := c.Conn().PgConn()
 	if err = f(conn); err != nil && conn.IsClosed() {
+		s.losses.Add(1)
 		err = fmt.Errorf("%w: %w", errBroken, err)
 	}
 	return err

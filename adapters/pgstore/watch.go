@@ -29,7 +29,8 @@ const (
 // the pool's. Where it is lost, it is made again, with pauses of up to 5
 // seconds. Watch returns an error if the server says that it cannot listen.
 //
-// With [Options.Poll] there is no such connection.
+// With [Options.Poll] there is no such connection. A call then also comes after
+// any call of this Store found that its connection was lost.
 func (s *Store) Watch(ctx context.Context, prefix string, changed func()) error {
 	if changed == nil {
 		return errors.New("pgstore: Watch: changed is nil")
@@ -59,15 +60,13 @@ func (s *Store) Watch(ctx context.Context, prefix string, changed func()) error 
 // leaves it as it was.
 func (s *Store) watchPolling(ctx context.Context, prefix string, changed func()) error {
 	changed()
-	var sum string
-	lost := true // a change since the last sum may have gone unseen
+	sum, losses := "", s.losses.Load() // no sum is empty
 	ticker := time.NewTicker(s.poll)
 	defer ticker.Stop()
 	for ctx.Err() == nil {
-		if now, err := s.sum(ctx, prefix); err != nil {
-			lost = true
-		} else if lost || now != sum {
-			sum, lost = now, false
+		l := s.losses.Load()
+		if now, err := s.sum(ctx, prefix); err == nil && (now != sum || l != losses) {
+			sum, losses = now, l
 			changed()
 		}
 		select {

@@ -243,7 +243,8 @@ func execute(t testing.TB, pool *pgxpool.Pool, sql string) {
 
 func TestCreate(t *testing.T) {
 	pool := newPool(t, postgres(t).addr(), func(c *pgxpool.Config) { c.MaxConns = 8 })
-	execute(t, pool, `create schema "My Schema"; create schema empty`)
+	execute(t, pool, `drop schema if exists "My Schema", empty cascade; create schema "My Schema"; create schema empty;
+		drop table if exists other; create table other (key text); drop role if exists app; create role app login`)
 	o := pgstore.Options{Schema: "My Schema", Table: `My "Table"`}
 	if _, _, err := newStore(t, pool, o).Load(t.Context(), "k"); err == nil {
 		t.Error("Load without a table: no error")
@@ -273,7 +274,7 @@ func TestCreate(t *testing.T) {
 	}
 
 	// By one who may not make tables.
-	execute(t, pool, `create role app login; grant usage on schema "My Schema", empty to app;
+	execute(t, pool, `grant usage on schema "My Schema", empty to app;
 		grant select, insert, update, delete on "My Schema"."My ""Table""" to app`)
 	app := newPool(t, postgres(t).addr(), func(c *pgxpool.Config) { c.ConnConfig.User = "app" })
 	s = create(t, app, o)
@@ -286,7 +287,6 @@ func TestCreate(t *testing.T) {
 	}
 
 	// Another table of this name.
-	execute(t, pool, `create table other (key text)`)
 	if err := newStore(t, pool, pgstore.Options{Table: "other"}).Create(t.Context()); err == nil {
 		t.Error("Create with a table of other columns: no error")
 	}
@@ -323,9 +323,7 @@ func TestReadAfterCrash(t *testing.T) {
 			t.Errorf("%s = %q, %v", name, v, err)
 		}
 	}
-	if n := pool.Stat().AcquiredConns(); n != 0 {
-		t.Errorf("%d connections were not given back", n)
-	}
+	until(t, "all connections are given back", func() bool { return pool.Stat().AcquiredConns() == 0 })
 }
 
 // fill makes as many connections as pool may have.
