@@ -134,7 +134,9 @@ func (s *Store) get(ctx context.Context, key string) (entry, error) {
 	if err != nil {
 		return entry{}, err
 	}
-	reply, err := s.nc.RequestWithContext(ctx, s.api+"STREAM.MSG.GET."+s.stream.CachedInfo().Config.Name, request)
+	reply, err := again(ctx, func(ctx context.Context) (*nats.Msg, error) {
+		return s.nc.RequestWithContext(ctx, s.api+"STREAM.MSG.GET."+s.stream.CachedInfo().Config.Name, request)
+	})
 	if err != nil {
 		return entry{}, err
 	}
@@ -177,6 +179,19 @@ func (s *Store) get(ctx context.Context, key string) (entry, error) {
 	return entry{m.Data, revision, m.Sequence}, nil
 }
 
+// again asks until there is an answer. A question on the way is lost with its connection or its leader, and nobody says so.
+func again[T any](ctx context.Context, ask func(ctx context.Context) (T, error)) (T, error) {
+	for wait := 500 * time.Millisecond; ; wait *= 2 {
+		c, cancel := context.WithTimeout(ctx, wait)
+		answer, err := ask(c)
+		lost := c.Err() != nil && ctx.Err() == nil
+		cancel()
+		if err == nil || !lost {
+			return answer, err
+		}
+	}
+}
+
 // Load returns the value of key and its revision, see rollout.Store.
 func (s *Store) Load(ctx context.Context, key string) (value []byte, revision uint64, err error) {
 	ctx, cancel, err := begin(ctx, key)
@@ -203,7 +218,9 @@ func (s *Store) List(ctx context.Context, prefix string) (map[string][]byte, err
 		return found, nil
 	}
 	// A consumer would be quicker, but may be on a replica that is behind.
-	info, err := s.stream.Info(ctx, jetstream.WithSubjectFilter(s.filter(prefix)))
+	info, err := again(ctx, func(ctx context.Context) (*jetstream.StreamInfo, error) {
+		return s.stream.Info(ctx, jetstream.WithSubjectFilter(s.filter(prefix)))
+	})
 	if err != nil {
 		return nil, fmt.Errorf("natskv: listing %.40q: %w", prefix, err)
 	}
@@ -297,7 +314,7 @@ const (
 	forgotten   = 10 * time.Second // after which the server removes a consumer that nobody listens to
 	minWait     = 50 * time.Millisecond
 	maxWait     = 10 * time.Second
-	createLimit = 5 * time.Second // for the server to make a consumer
+	createLimit = 2 * time.Second // for the server to make a consumer
 )
 
 // Watch hints at changes under prefix until ctx ends, see rollout.Store. It returns an error only if the connection is closed
