@@ -19,6 +19,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/stagedrollout/rollout/storetest"
 )
 
 func openDir(t testing.TB, dir string) *dirStore {
@@ -34,7 +36,24 @@ func openDir(t testing.TB, dir string) *dirStore {
 }
 
 func TestDirStore(t *testing.T) {
-	testStoreContract(t, func(t *testing.T) (a, b Store) {
+	storetest.Run(t, func(t testing.TB) storetest.Backend {
+		dir := t.TempDir()
+		return storetest.Backend{
+			Open: func(t testing.TB) storetest.Store { return openDir(t, dir) },
+			Snapshot: func(t testing.TB) func(testing.TB) {
+				saved := t.TempDir()
+				if err := os.CopyFS(saved, os.DirFS(dir)); err != nil {
+					t.Fatal(err)
+				}
+				return func(t testing.TB) {
+					if err := errors.Join(os.RemoveAll(dir), os.CopyFS(dir, os.DirFS(saved))); err != nil {
+						t.Fatal(err)
+					}
+				}
+			},
+		}
+	})
+	testBuiltInStore(t, func(t *testing.T) (a, b Store) {
 		dir := t.TempDir()
 		return openDir(t, dir), openDir(t, dir)
 	})

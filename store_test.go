@@ -14,133 +14,24 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/stagedrollout/rollout/storetest"
 	"pgregory.net/rapid"
 )
 
 func TestMemStore(t *testing.T) {
-	testStoreContract(t, func(t *testing.T) (a, b Store) {
+	storetest.Run(t, func(t testing.TB) storetest.Backend {
+		s := MemStore()
+		return storetest.Backend{Open: func(testing.TB) storetest.Store { return s }}
+	})
+	testBuiltInStore(t, func(t *testing.T) (a, b Store) {
 		s := MemStore()
 		return s, s
 	})
 }
 
-// testStoreContract checks the contract of Store. open returns two handles on one new,
-// empty store, which may be the same.
-func testStoreContract(t *testing.T, open func(t *testing.T) (a, b Store)) {
-	t.Run("Absent", func(t *testing.T) {
-		a, _ := open(t)
-		storeLoad(t, a, "k", nil, 0)
-		if got, err := a.List(t.Context(), ""); err != nil || len(got) != 0 || got == nil {
-			t.Errorf("List = %v, %v", got, err)
-		}
-		storeLose(t, a, "k", 7, []byte("v")) // replacing
-		storeLose(t, a, "k", 7, nil)         // deleting
-		if rev := storeSwap(t, a, "k", 0, nil); rev != 0 {
-			t.Errorf("deleting an absent key: revision %d, want 0", rev)
-		}
-		storeLoad(t, a, "k", nil, 0)
-	})
-
-	t.Run("CreateReplaceDelete", func(t *testing.T) {
-		a, b := open(t)
-		r1 := storeSwap(t, a, "k", 0, []byte("one"))
-		storeLoad(t, b, "k", []byte("one"), r1)
-		storeLose(t, b, "k", 0, []byte("other"))
-		storeLose(t, b, "k", 0, nil)
-		storeLose(t, b, "k", r1+1, []byte("other"))
-		storeLoad(t, a, "k", []byte("one"), r1)
-
-		r2 := storeSwap(t, b, "k", r1, []byte("two"))
-		storeLoad(t, a, "k", []byte("two"), r2)
-		storeLose(t, a, "k", r1, []byte("late"))
-		storeLose(t, a, "k", r1, nil)
-
-		if rev := storeSwap(t, a, "k", r2, nil); rev != 0 {
-			t.Errorf("deleting: revision %d, want 0", rev)
-		}
-		storeLoad(t, b, "k", nil, 0)
-		storeLose(t, b, "k", r2, []byte("late"))
-
-		r3 := storeSwap(t, b, "k", 0, []byte("one"))
-		storeLoad(t, a, "k", []byte("one"), r3)
-		// The same value again, but not the same revision.
-		storeLose(t, a, "k", r1, []byte("late"))
-		if r1 == r2 || r2 == r3 || r1 == r3 {
-			t.Errorf("revisions %d, %d, %d: one came twice", r1, r2, r3)
-		}
-	})
-
-	t.Run("SameValue", func(t *testing.T) {
-		a, _ := open(t)
-		seen := map[uint64]bool{0: true}
-		rev := uint64(0)
-		for range 50 {
-			rev = storeSwap(t, a, "k", rev, []byte("same"))
-			if seen[rev] {
-				t.Fatalf("revision %d came twice", rev)
-			}
-			seen[rev] = true
-		}
-	})
-
-	t.Run("Values", func(t *testing.T) {
-		a, b := open(t)
-		for name, v := range map[string][]byte{
-			"empty": {}, "binary": {0, 1, 255, '\n', 0}, "big": bytes.Repeat([]byte("rollout\n"), 40_000),
-		} {
-			rev := storeSwap(t, a, name, 0, v)
-			storeLoad(t, b, name, v, rev)
-		}
-		got, err := b.List(t.Context(), "em")
-		if v, ok := got["empty"]; err != nil || len(got) != 1 || !ok || v == nil || len(v) != 0 {
-			t.Errorf("List = %v, %v, want one empty value", got, err)
-		}
-	})
-
-	t.Run("Copies", func(t *testing.T) {
-		a, b := open(t)
-		v := []byte("value")
-		rev := storeSwap(t, a, "k", 0, v)
-		clear(v)
-		got, _, _ := a.Load(t.Context(), "k")
-		clear(got)
-		all, _ := a.List(t.Context(), "")
-		clear(all["k"])
-		clear(all)
-		storeLoad(t, a, "k", []byte("value"), rev)
-		storeLoad(t, b, "k", []byte("value"), rev)
-	})
-
-	t.Run("List", func(t *testing.T) {
-		a, b := open(t)
-		long := strings.Repeat("l/", 500)
-		keys := []string{"a", "A", "a/b", "a/b/c", "a.b", ".lock", ".", "..", "%", "%41", "a b", "ä", "\xff", "~", "line\nfeed",
-			long + "1", long + "2", long + "A", long + "a"}
-		for _, k := range keys {
-			storeSwap(t, a, k, 0, []byte("value of "+k))
-		}
-		for _, k := range keys {
-			if v, _, err := b.Load(t.Context(), k); err != nil || string(v) != "value of "+k {
-				t.Errorf("Load(%q) = %q, %v", k, v, err)
-			}
-		}
-		for _, prefix := range append(keys, "", "a/", "b", "l/l/", "%4", long[:700], long+"12", strings.Repeat("z", 2000)) {
-			want := map[string][]byte{}
-			for _, k := range keys {
-				if strings.HasPrefix(k, prefix) {
-					want[k] = []byte("value of " + k)
-				}
-			}
-			got, err := b.List(t.Context(), prefix)
-			if err != nil {
-				t.Errorf("List(%q): %v", prefix, err)
-			}
-			if d := cmp.Diff(want, got); d != "" {
-				t.Errorf("List(%q) (-want +got):\n%s", prefix, d)
-			}
-		}
-	})
-
+// testBuiltInStore checks what the built-in stores promise besides the contract of Store. open returns two handles on one
+// new, empty store, which may be the same.
+func testBuiltInStore(t *testing.T, open func(t *testing.T) (a, b Store)) {
 	t.Run("Keys", func(t *testing.T) {
 		a, _ := open(t)
 		for _, k := range []string{"", "a\x00b", strings.Repeat("k", maxStoreKey+1)} {
@@ -155,42 +46,6 @@ func testStoreContract(t *testing.T, open func(t *testing.T) (a, b Store)) {
 		}
 		k := strings.Repeat("\xfe", maxStoreKey)
 		storeLoad(t, a, k, []byte("v"), storeSwap(t, a, k, 0, []byte("v")))
-	})
-
-	t.Run("Contention", func(t *testing.T) {
-		a, b := open(t)
-		var wg sync.WaitGroup
-		for i := range 8 {
-			s := []Store{a, b}[i%2]
-			wg.Go(func() {
-				if err := storeIncrement(t.Context(), s, "n", 25); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		wg.Wait()
-		if v, _, err := a.Load(t.Context(), "n"); err != nil || string(v) != "200" {
-			t.Errorf("Load = %q, %v, want 200", v, err)
-		}
-	})
-
-	t.Run("Watch", func(t *testing.T) {
-		a, b := open(t)
-		hints := storeWatch(t, a, "w/")
-		storeWait(t, hints) // at the start
-		var rev uint64
-		for i, v := range [][]byte{[]byte("v1"), []byte("v2"), {}, nil, []byte("v1")} {
-			rev = storeSwap(t, b, "w/k", rev, v)
-			for { // a hint may also have come before this change
-				storeWait(t, hints)
-				if got, r, err := a.Load(t.Context(), "w/k"); err != nil {
-					t.Fatal(err)
-				} else if r == rev && bytes.Equal(got, v) {
-					break
-				}
-				t.Logf("change %d: a hint for nothing", i)
-			}
-		}
 	})
 
 	t.Run("WatchSlow", func(t *testing.T) {
@@ -229,30 +84,6 @@ func testStoreContract(t *testing.T, open func(t *testing.T) (a, b Store)) {
 		if calls != 2 || last != "50" {
 			t.Errorf("%d calls and %q for 50 changes during one call, want 2 and 50", calls, last)
 		}
-	})
-
-	t.Run("Cancelled", func(t *testing.T) {
-		a, b := open(t)
-		rev := storeSwap(t, a, "k", 0, []byte("v"))
-		cancelled, cancel := context.WithCancel(t.Context())
-		cancel()
-		expired, cancel := context.WithDeadline(t.Context(), time.Unix(0, 0))
-		defer cancel()
-		for _, ctx := range []context.Context{cancelled, expired} {
-			if _, _, err := a.Load(ctx, "k"); err != ctx.Err() {
-				t.Errorf("Load: %v, want %v", err, ctx.Err())
-			}
-			if _, err := a.List(ctx, ""); err != ctx.Err() {
-				t.Errorf("List: %v, want %v", err, ctx.Err())
-			}
-			if _, ok, err := a.CompareAndSwap(ctx, "k", rev, nil); ok || err != ctx.Err() {
-				t.Errorf("CompareAndSwap: %v, %v, want %v", ok, err, ctx.Err())
-			}
-			if err := a.Watch(ctx, "", func() { t.Error("changed was called") }); err != nil {
-				t.Errorf("Watch: %v, want nil", err)
-			}
-		}
-		storeLoad(t, b, "k", []byte("v"), rev)
 	})
 
 	t.Run("WatchNil", func(t *testing.T) {
