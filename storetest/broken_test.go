@@ -11,16 +11,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stagedrollout/rollout"
 )
-
-func memBackend(testing.TB) Backend {
-	s := rollout.MemStore()
-	return Backend{Open: func(testing.TB) Store { return s }}
-}
 
 // A recorder is a testing.TB for a case that should fail.
 type recorder struct {
@@ -380,7 +376,16 @@ func TestBroken(t *testing.T) {
 				return r, ok, err
 			}
 		}},
-		{"an interrupted write is acknowledged", "Interrupted Ended", func(d *defect) {
+		{"a write is acknowledged and not done", "Contention Interrupted", func(d *defect) {
+			var n atomic.Int64
+			d.swap = func(ctx context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
+				if n.Add(1)%20 == 0 && ctx.Err() == nil {
+					return 12345, true, nil
+				}
+				return d.Store.CompareAndSwap(ctx, key, old, value)
+			}
+		}},
+		{"a write whose context has ended is acknowledged", "Ended", func(d *defect) {
 			d.swap = func(ctx context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
 				r, ok, err := d.Store.CompareAndSwap(ctx, key, old, value)
 				if err != nil && ctx.Err() != nil {

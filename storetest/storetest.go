@@ -15,6 +15,7 @@ package storetest
 import (
 	"bytes"
 	"context"
+	crand "crypto/rand"
 	"errors"
 	"fmt"
 	"maps"
@@ -406,7 +407,7 @@ func appendOnce(ctx context.Context, s Store, key, id string, short func() (cont
 	for inDoubt := false; ; {
 		v, rev, err := s.Load(ctx, key)
 		if err != nil {
-			return fmt.Errorf("Load: %w", err)
+			return fmt.Errorf("loading: %w", err)
 		}
 		if inDoubt && slices.Contains(strings.Fields(string(v)), id) {
 			return nil
@@ -668,7 +669,7 @@ func testLandsLate(t testing.TB, b Backend) {
 	eventually(t, "the slow writer finds its write", func(ctx context.Context) error {
 		v, r, err := slow.Load(ctx, "k")
 		if err == nil && (string(v) != lateValue || r != late) {
-			err = fmt.Errorf("Load = %q, %d, want %d", v, r, late)
+			err = fmt.Errorf("it is %q, %d, want %d", v, r, late)
 		}
 		return err
 	})
@@ -703,7 +704,7 @@ func testReplyLost(t testing.TB, b Backend) {
 	eventually(t, "the write is done", func(ctx context.Context) error {
 		v, r, err := other.Load(ctx, "k")
 		if late = r; err == nil && string(v) != lateValue {
-			err = fmt.Errorf("Load = %q", v)
+			err = fmt.Errorf("it is %q", v)
 		}
 		return err
 	})
@@ -712,7 +713,7 @@ func testReplyLost(t testing.TB, b Backend) {
 	eventually(t, "the writer finds its write", func(ctx context.Context) error {
 		v, r, err := slow.Load(ctx, "k")
 		if err == nil && (string(v) != lateValue || r != late) {
-			err = fmt.Errorf("Load = %q, %d, want %d", v, r, late)
+			err = fmt.Errorf("it is %q, %d, want %d", v, r, late)
 		}
 		return err
 	})
@@ -827,7 +828,7 @@ func testRestored(t testing.TB, b Backend) {
 		eventually(t, "the store is back as it was", func(ctx context.Context) error {
 			v, r, err := s.Load(ctx, "k")
 			if err == nil && (string(v) != "one" || r != r1) {
-				err = fmt.Errorf("Load = %q, %d, want %q, %d", v, r, "one", r1)
+				err = fmt.Errorf("it is %q, %d, want %q, %d", v, r, "one", r1)
 			}
 			return err
 		})
@@ -857,9 +858,7 @@ func bounded(t testing.TB) context.Context {
 
 func random(n int) []byte {
 	b := make([]byte, n)
-	for i := range b {
-		b[i] = byte(rand.Uint32())
-	}
+	crand.Read(b) // never fails, see its documentation
 	return b
 }
 
@@ -923,7 +922,7 @@ func loadNumber(ctx context.Context, s Store, key string) (n int, rev uint64, er
 		n, err = strconv.Atoi(string(v))
 	}
 	if err != nil {
-		err = fmt.Errorf("Load: %w", err)
+		err = fmt.Errorf("loading: %w", err)
 	}
 	return n, rev, err
 }

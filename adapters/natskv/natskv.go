@@ -330,7 +330,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, changed func()) error 
 		prefix = prefix[:maxKey] // no key has it, but hints there must be
 	}
 	filter := s.filter(prefix)
-	for wait := minWait; ctx.Err() == nil; {
+	for wait := time.Duration(0); ctx.Err() == nil; {
 		begun := time.Now()
 		s.watch(ctx, filter, connected, changed)
 		if ctx.Err() != nil {
@@ -341,7 +341,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, changed func()) error 
 		}
 		// It was lost. A connection that comes and goes must not leave a consumer behind each time.
 		if time.Since(begun) > maxWait {
-			wait = minWait
+			wait = 0
 		}
 		timer := time.NewTimer(wait)
 		select {
@@ -349,7 +349,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, changed func()) error 
 		case <-timer.C:
 		}
 		timer.Stop()
-		wait = min(2*wait, maxWait)
+		wait = min(max(2*wait, minWait), maxWait)
 	}
 	return nil
 }
