@@ -2,10 +2,14 @@ package rollout
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"maps"
 	"slices"
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/machine"
+	"github.com/stagedrollout/rollout/internal/tally"
 )
 
 // intent is a rollback that is in force here and not stored yet.
@@ -15,182 +19,352 @@ type intent struct {
 	incident *machine.Incident // found by this process's own evidence
 }
 
-// tick is one evaluation: load, square, judge, store, follow. In the last one of a Run every block closes.
+// tick is one turn of Run: what was counted is published, and where it falls to this process the whole is judged; else
+// what others have decided is followed. In the last one of a Run every block closes.
 func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 	r.turnSlot(r.now())
-	for range 4 {
-		l, err := r.latest(ctx)
-		if err != nil {
-			r.cutOff(ctx, c)
-			return
-		}
-		c.loaded = r.now()
-		if c.doubt != nil {
-			if !r.settle(ctx, c, l) {
-				return
-			}
-			continue
-		}
-		if l.standing != machine.Current && !l.dirty && len(l.st.Cursors[r.me()].Open) == 0 {
-			r.follow(l.stored, l.standing, nil)
-			return
-		}
-		if _, dead := l.st.Retired[r.me()]; dead {
-			r.sessions.forsake() // they have counted as failed
-			r.reincarnate()
-		}
-		k, next := &cut{at: r.now()}, l.st
-		var open []machine.Open
-		if l.standing == machine.Current {
-			k = r.cutFor(l.st, last)
-			if c.gen != 0 && c.gen != l.st.Gen {
-				c.stepped = k.at // the time before was another generation's
-			}
-			in := r.input(c, k)
-			in.Dead = r.dead(l.st)
-			r.addSources(l.st, &in)
-			if !last {
-				open = r.sessions.open(l.st.Gen)
-			}
-			was := l.st.Cursors[r.me()].Open
-			var more []machine.Event
-			sources, acted, phase := l.st.Sources, slices.Clone(l.st.Acted), l.st.Phase
-			next, more = r.stepAsking(ctx, l.st, in)
-			l.events = append(l.events, more...)
-			news := len(l.events) + len(in.Blocks) + len(in.Outcomes) + len(in.Breaches)
-			if in.Sources != nil && !sameTotals(in.Sources, sources) {
-				news++
-			}
-			if !sameOpen(open, was) {
-				news++
-			}
-			if !l.dirty && slices.Equal(next.Acted, acted) && news == 0 && k.at.Sub(c.stored) < 12*r.o.Interval {
-				if phase != machine.Running {
-					c.stepped = k.at // time held does not count
-				}
-				r.follow(l.stored, l.standing, nil)
-				return
-			}
-		}
-		c.seq++
-		next.Consume(r.me(), c.seq, open)
-		d := &doubt{cut: k, next: next, rev: l.rev, seq: c.seq, standing: l.standing, events: l.events}
-		landed, err := r.swap(ctx, next, l.rev)
-		if err != nil {
-			c.doubt = d
-			r.noteStore(err)
-			r.cutOff(ctx, c)
-			return
-		}
-		if landed {
-			r.commit(c, d, next)
-			return
+	began := r.now()
+	err := r.publish(ctx, c.alarm, last)
+	if err == nil {
+		if r.evaluates(c) {
+			err = r.evaluate(ctx, c, last)
+		} else {
+			err = r.refresh(ctx)
 		}
 	}
+	if ctx.Err() == nil || err == nil {
+		r.noteStore(err)
+	}
+	if err != nil {
+		r.cutOff(ctx, c)
+		return
+	}
+	c.loaded = began
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stale {
+		r.stale = false
+		r.publishLocked()
+	}
+}
+
+// evaluates reports whether this process judges the whole in this tick: by chance, so that about two do, however many
+// there are. There is no leader to wait for.
+func (r *Rollout) evaluates(c *clock) bool {
+	r.mu.Lock()
+	st, intent := r.known, r.intent
+	r.mu.Unlock()
+	return st == nil || st.Live <= 2 || c.alarm || intent != nil || c.doubt != nil || r.coin(st.Live)
 }
 
 // clock is what the loop remembers of its own time and writes.
 type clock struct {
-	stepped time.Time // up to here time was accounted for in the stored state
-	stored  time.Time // the last write
-	loaded  time.Time // the last successful load
-	gen     uint64    // of the last write
-	alarm   bool      // the tick is only for what must never happen
-	seq     uint64    // of the last cut
-	doubt   *doubt
+	loaded time.Time // when the last tick began that has used the Store
+	alarm  bool      // the tick is only for what must never happen
+	fresh  bool      // nothing was evaluated in this Run yet
+	doubt  *doubt
 }
 
 // doubt is an evaluation of which it is not known whether its write has landed.
 type doubt struct {
-	cut      *cut
-	next     *machine.State
-	rev      uint64 // it was to replace
-	seq      uint64
+	st       *machine.State
 	standing machine.Standing
 	events   []machine.Event
+	blocks   []machine.Block
 }
 
-// settle finds out what became of the evaluation in doubt. If it is stored its evidence was consumed; if another write
-// came before it, it never will be. Otherwise the very same write is tried again: until that is known, no other may take
-// its evidence. It reports whether the tick can go on, with another look.
-func (r *Rollout) settle(ctx context.Context, c *clock, l look) bool {
-	d := c.doubt
-	switch {
-	case l.stored != nil && l.stored.Consumed(r.me(), d.seq):
-		r.commit(c, d, l.stored)
-		return true
-	case l.rev != d.rev:
-		c.doubt = nil
-		return true
+// evaluate is one evaluation: load, square, gather, judge, store, follow. Nothing of it is remembered here: where its write
+// does not land for certain, the next one starts from what is stored.
+func (r *Rollout) evaluate(ctx context.Context, c *clock, last bool) error {
+	for range 4 {
+		l, err := r.latest(ctx)
+		if err != nil {
+			return err
+		}
+		if d := c.doubt; d != nil {
+			if c.doubt = nil; l.stored != nil && l.stored.Writer == d.st.Writer && l.stored.Op == d.st.Op {
+				r.follow(l.stored, d.standing, d.events)
+				r.judged(d.blocks)
+			}
+		}
+		r.confirm(l.stored)
+		if l.standing != machine.Current && !l.dirty {
+			r.follow(l.stored, l.standing, nil)
+			return r.project(ctx, l.stored)
+		}
+		at := r.now()
+		next, ver := l.st, l.st.Ver
+		var blocks []machine.Block
+		if l.standing == machine.Current {
+			followed := r.followed(l.stored, at)
+			if l.stored != nil && l.st.Gen != l.stored.Gen {
+				followed = 0 // that was the one before
+			}
+			in := r.input(at)
+			in.Elapsed = l.st.Account(followed)
+			since := l.st.Since
+			var tasks []func(context.Context)
+			if l.st.Phase == machine.Running || l.st.Phase == machine.Held {
+				if tasks, err = r.gather(ctx, l.st, &in, c.alarm, last); err != nil {
+					return err
+				}
+			}
+			in.Rationales = r.rationales() // after what was counted: each is kept before it is counted
+			r.addSources(l.st, &in)
+			var more []machine.Event
+			sources, acted, live := l.st.Sources, slices.Clone(l.st.Acted), l.st.Live
+			next, more = r.stepAsking(ctx, l.st, in)
+			l.events = append(l.events, more...)
+			blocks = in.Blocks
+			news := len(l.events) + len(in.Blocks) + len(in.Outcomes) + len(in.Breaches) + len(in.Dead) + len(in.Lost)
+			if in.Sources != nil && !sameTotals(in.Sources, sources) {
+				news++
+			}
+			if l.stored != nil && l.stored.Live != live {
+				news++
+			}
+			r.do(ctx, tasks)
+			// Whoever begins to follow the time of a rollout that nobody else follows begins it anew: else what is accounted for
+			// would be waited for again, by each of many short lives.
+			goes := next.Phase == machine.Running || next.Phase == machine.Held
+			due := goes && (followed >= r.checkpoint() || c.fresh && since > 0 && live <= 2)
+			c.fresh = false
+			if !l.dirty && slices.Equal(next.Acted, acted) && news == 0 && !due && followed-since < r.checkpoint() && !(last && goes) {
+				r.follow(l.stored, l.standing, nil)
+				return r.project(ctx, l.stored)
+			}
+			if next.Since = max(since, followed); next.Ver == ver && due {
+				next.Ver++ // everybody's time begins from here
+			}
+		}
+		if l.stored == nil || next.Ver != l.stored.Ver || next.Gen != l.stored.Gen {
+			next.Since = 0
+		}
+		d := &doubt{next, l.standing, l.events, blocks}
+		landed, err := r.swap(ctx, next, l.rev)
+		if err != nil {
+			c.doubt = d
+			return err
+		}
+		if landed {
+			r.followAt(next, d.standing, d.events, at)
+			r.judged(blocks)
+			return r.project(ctx, next)
+		}
 	}
-	landed, err := r.swap(ctx, d.next, d.rev)
+	return nil
+}
+
+// checkpoint is how long nothing may be written while time goes by.
+func (r *Rollout) checkpoint() time.Duration { return 12 * r.o.Interval }
+
+// followed is for how long this process has followed the present version of the state.
+func (r *Rollout) followed(st *machine.State, at time.Time) time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if st == nil || r.known == nil || r.known.Gen != st.Gen || r.known.Ver != st.Ver {
+		return 0 // from now on
+	}
+	return at.Sub(r.since)
+}
+
+// silentFor is how many rounds an incarnation may not be heard of before it is dead in any case: ten times as many as
+// come in between two signs of life.
+const silentFor = 240
+
+// keepRetired is how many rounds it is remembered that an incarnation is retired.
+const keepRetired = 1000
+
+// How many tries there are to read what is missing, and how many documents are cleared away in one evaluation.
+const (
+	missingTries = 6
+	clearings    = 8
+)
+
+// gather lists what everybody has published, and takes what is new of it. The state was loaded before: what it has
+// consumed is there. What is left to do once it is stored that documents are folded is returned.
+func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Input, alarm, last bool) (tasks []func(context.Context), err error) {
+	docs, outdated, err := r.documents(ctx, st)
 	if err != nil {
-		r.noteStore(err)
-		r.cutOff(ctx, c)
-		return false
+		return nil, err
 	}
-	if landed {
-		r.commit(c, d, d.next)
-	}
-	return true // not landed: another write came first, and the next look tells whether it was this one
-}
-
-// commit notes that an evaluation is stored, in st or in a state that came before it.
-func (r *Rollout) commit(c *clock, d *doubt, st *machine.State) {
-	c.doubt = nil
-	d.cut.commit()
-	c.stepped, c.stored, c.gen = d.cut.at, d.cut.at, d.next.Gen
-	r.sweep(d.cut.ledgers)
-	r.follow(st, d.standing, d.events)
-}
-
-// refresh follows what another process, or a verb, has stored, without an evaluation.
-func (r *Rollout) refresh(ctx context.Context) {
-	r.mu.Lock()
-	known := r.known
-	r.mu.Unlock()
-	st, _, err := r.load(ctx)
-	r.noteStore(err)
-	if err != nil || st == nil {
-		return
-	}
-	if known == nil || older(known, st) || !older(st, known) && st.Round != known.Round {
-		standing := machine.Stands(st, r.plan)
-		if r.yields(st) {
-			standing = machine.Yields(st, r.plan)
+	sum := &tally.Sum{}
+	var gone []string // cursors whose documents cannot be read
+	broken := false
+	live := 0
+	lives := map[string]sign{}
+	for _, inc := range slices.Sorted(maps.Keys(docs)) {
+		d := docs[inc]
+		_, retired := st.Retired[inc]
+		cursor, counted := st.Cursors[inc]
+		switch {
+		case retired || d.err == nil && !counted && d.about.Birth < st.Floor:
+			if d.err == nil && len(tasks) < clearings {
+				tasks = append(tasks, r.clearTask(r.evidencePrefix(st.Gen, st.Nonce)+inc))
+			}
+			delete(docs, inc)
+			continue
+		case d.err == nil && counted && d.about.Seq < cursor.Seq:
+			d.err = errors.New("it went back")
+			fallthrough
+		case d.err != nil:
+			if errors.Is(d.err, tally.ErrNewer) {
+				return nil, fmt.Errorf("the evidence of %s: %w", inc, d.err) // nothing is overwritten
+			}
+			gone = append(gone, inc)
+			continue
 		}
-		r.follow(st, standing, nil)
-	}
-}
-
-// cutFor reads the evidence of the state's generation. Ledgers that nothing comes into any more close, whatever they
-// hold, and in the last tick of a Run all do.
-func (r *Rollout) cutFor(st *machine.State, last bool) *cut {
-	r.mu.Lock()
-	ledgers := r.ledgers
-	r.mu.Unlock()
-	k := &cut{at: r.now(), alarm: r.clock.alarm}
-	for _, l := range ledgers {
-		if l.snap.gen == st.Gen {
-			l.cut(k, st, last)
-			k.ledgers = append(k.ledgers, l)
+		if d.err = d.addTo(sum); d.err != nil { // and the sum is of no use
+			broken = true
+			gone = append(gone, inc)
+			continue
+		}
+		if d.about.Sealed {
+			if doc, err := d.decode(); err == nil {
+				in.Dead = append(in.Dead, doc)
+			}
+			continue
+		}
+		live++
+		if inc == r.pub.inc {
+			continue
+		}
+		s := r.lives[inc]
+		if s.seq != d.about.Seq || s.since.IsZero() {
+			s = sign{d.about.Seq, r.now()}
+		}
+		lives[inc] = s
+		if r.now().Sub(s.since) >= r.patience() || counted && d.about.Seq == cursor.Seq && st.Round > cursor.Round+r.silent {
+			if len(tasks) < clearings {
+				tasks = append(tasks, r.sealTask(st, inc, d.about.Seq))
+			}
 		}
 	}
-	k.reasons = r.rationales() // after the counts: each is kept before it is counted
-	return k
+	r.lives = lives
+	for _, key := range outdated {
+		if len(tasks) < clearings {
+			tasks = append(tasks, r.clearTask(key))
+		}
+	}
+	for inc := range st.Cursors {
+		if docs[inc] == nil {
+			gone = append(gone, inc)
+		}
+	}
+	slices.Sort(gone)
+	if broken {
+		sum = &tally.Sum{}
+		for inc, d := range docs {
+			if d.err == nil && !slices.Contains(gone, inc) {
+				_ = d.addTo(sum) // it was added before
+			}
+		}
+	}
+	if len(gone) == 0 {
+		r.missing = 0
+		err = machine.Take(st, r.plan, machine.Gathered{Sum: sum, Form: r.formOf, Share: r.shareOf(st), Alarm: alarm, Last: last}, in)
+	} else {
+		err = fmt.Errorf("the evidence of %s is missing", gone[0])
+	}
+	if err != nil {
+		return tasks, r.without(ctx, st, in, sum, gone, err)
+	}
+	for inc, d := range docs {
+		if old, ok := st.Cursors[inc]; !ok || old.Seq != d.about.Seq {
+			if st.Cursors == nil {
+				st.Cursors = map[string]machine.Cursor{}
+			}
+			st.Cursors[inc] = machine.Cursor{Seq: d.about.Seq, Round: st.Round, Birth: d.about.Birth}
+		}
+	}
+	if far(live, st.Live) {
+		st.Live = live
+		st.Ver++ // everybody's chances
+	}
+	return tasks, nil
 }
 
-func (r *Rollout) input(c *clock, k *cut) machine.Input {
+// far reports whether a number of processes is so far from another that it matters.
+func far(a, b int) bool { return a != b && (min(a, b) < 8 || 4*a > 5*b || 5*a < 4*b) }
+
+// without is an evaluation that cannot read all the evidence: nothing is judged, and nothing advances. After some tries
+// what is missing is given up.
+func (r *Rollout) without(ctx context.Context, st *machine.State, in *machine.Input, sum *tally.Sum, gone []string, cause error) error {
+	in.Dead, in.Blocks, in.Outcomes, in.Breaches, in.MayAdvance = nil, nil, nil, nil, false
+	r.missing++
+	r.logger().Warn("rollout: not all evidence can be read; nothing is judged", "rollout", r.name, "err", cause)
+	if r.missing < missingTries {
+		return nil
+	}
+	for _, inc := range gone {
+		value, rev, err := r.get(ctx, r.evidencePrefix(st.Gen, st.Nonce)+inc)
+		if err != nil {
+			return err
+		}
+		if about, err := tally.Peek(value); rev != 0 && err == nil && about.Inc == inc && about.Seq >= st.Cursors[inc].Seq {
+			return nil // it is there after all
+		}
+	}
+	r.logger().Error("rollout: what could not be read is given up; what it had counted and was not judged never is", "rollout", r.name, "err", cause)
+	r.missing = 0
+	in.Lost = gone
+	machine.Rebase(st, sum)
+	return nil
+}
+
+// shareOf is the candidate's part of the units of a ring in an epoch.
+func (r *Rollout) shareOf(st *machine.State) func(uint64, string) (float64, bool) {
+	return func(epoch uint64, ring string) (float64, bool) {
+		for _, c := range st.History {
+			if c.Epoch == epoch {
+				v := ringView{}
+				r.limits(&v, Percent(c.Shares[ring]))
+				return float64(v.limit) / (1 << 64), !v.all && v.limit > 0
+			}
+		}
+		return 0, false
+	}
+}
+
+// clearTask deletes a document that is never read again.
+func (r *Rollout) clearTask(key string) func(context.Context) {
+	return func(ctx context.Context) {
+		if _, rev, err := r.get(ctx, key); err == nil && rev != 0 {
+			_, _, _ = r.put(ctx, key, rev, nil)
+		}
+	}
+}
+
+// sealTask seals the document of an incarnation that is taken for dead: what it has is all it will ever have.
+func (r *Rollout) sealTask(st *machine.State, inc string, seq uint64) func(context.Context) {
+	key := r.evidencePrefix(st.Gen, st.Nonce) + inc
+	return func(ctx context.Context) {
+		value, rev, err := r.get(ctx, key)
+		if err != nil || rev == 0 {
+			return
+		}
+		d, err := tally.Decode(value)
+		if err != nil || d.Seq != seq || d.Sealed {
+			return
+		}
+		d.Sealed = true
+		_, _, _ = r.put(ctx, key, rev, d.Encode())
+	}
+}
+
+// do does what is left to do. Whatever of it fails is found again.
+func (r *Rollout) do(ctx context.Context, tasks []func(context.Context)) {
+	for _, task := range tasks {
+		if r.shared {
+			task(ctx)
+		}
+	}
+}
+
+func (r *Rollout) input(at time.Time) machine.Input {
 	r.mu.Lock()
-	checks, since, units := r.checks, c.stepped, r.unitsLocked()
-	if r.adopted.After(since) {
-		since = r.adopted // another process has accounted for the time before
-	}
-	r.mu.Unlock()
-	return machine.Input{
-		Now: k.at, Elapsed: k.at.Sub(since), Blocks: k.blocks, Outcomes: k.outcomes, Breaches: k.breaches,
-		Checks: checks, Rationales: k.reasons, MayAdvance: true, Units: units,
-	}
+	defer r.mu.Unlock()
+	return machine.Input{Now: at, Checks: r.checks, MayAdvance: true, Units: r.unitsLocked()}
 }
 
 // stepAsking is one step from st, which is the caller's no more. MayAdvance is asked only where a share would rise.
@@ -228,8 +402,8 @@ func (r *Rollout) mayAdvance(ctx context.Context, now time.Time) bool {
 	return ok && err == nil
 }
 
-// cutOff is a tick without the Store: shares stay or fall, never rise. The evidence goes on being judged, and a rollback
-// it calls for is in force here at once.
+// cutOff is a tick without the Store: shares stay or fall, never rise. What was counted since the last document goes on
+// being judged, and a rollback it calls for is in force here at once.
 func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 	r.mu.Lock()
 	st, standing := r.known, r.standing
@@ -237,19 +411,51 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 		r.stale = true
 		r.publishLocked()
 	}
+	followed := r.now().Sub(r.since)
 	r.mu.Unlock()
 	if st == nil || standing != machine.Current || ctx.Err() != nil {
 		return
 	}
 	next := st.Clone()
-	in := r.input(c, r.cutFor(st, false))
+	in := r.input(r.now())
+	in.Elapsed, in.MayAdvance = next.Account(followed), false
+	if p := &r.pub; p.gen == st.Gen && p.nonce == st.Nonce {
+		sent := p.pending
+		if sent == nil {
+			sent = p.acked
+		}
+		next.Consumed = tally.Ledger{}
+		if sent != nil {
+			for _, s := range sent.Series {
+				next.Consumed[s.Key] = &tally.Taken{Counts: s.Counts, Seen: s.Counts.Sum(1), Ahead: s.Events, Closed: int64(p.sent.Sub(r.since))}
+			}
+		}
+		sum := &tally.Sum{}
+		sum.Add(r.unpublished(st))
+		if machine.Take(next, r.plan, machine.Gathered{Sum: sum, Form: r.formOf, Share: r.shareOf(next), Alarm: c.alarm}, &in) != nil {
+			return
+		}
+	}
 	r.addSources(st, &in)
-	in.MayAdvance = false
+	in.Rationales = r.rationales() // after the counts: each is kept before it is counted
 	machine.Step(next, r.plan, in)
 	r.mu.Lock()
 	latched := r.latchedLocked(st)
 	r.mu.Unlock()
 	if next.Phase.Latched() && !st.Phase.Latched() && !latched {
+		if in := next.Incident; st.Live > 1 {
+			// One of many judges by itself what all of them would, each with evidence of its own: that any of them errs is no more
+			// likely than it is for one with a bound as many times as strict. The others decide when they are heard again.
+			if in.NeedE > 0 && in.E < in.NeedE*float64(st.Live) {
+				return
+			}
+			r.logger().Error("rollout: the candidate is out of use here, for as long as the Store cannot be used", "rollout", r.name, "gate", in.Gate, "cause", in.Note)
+			r.mu.Lock()
+			r.fork = snapKey{gen: st.Gen, epoch: st.Epoch}
+			r.publishLocked()
+			r.mu.Unlock()
+			return
+		}
 		r.logger().Error("rollout: rolled back here; the Store cannot be told yet", "rollout", r.name, "gate", next.Incident.Gate, "cause", next.Incident.Note)
 		r.latchHere(&intent{gen: st.Gen, note: next.Incident.Note, incident: next.Incident})
 		r.revokeHere(st.Gen)
@@ -260,29 +466,6 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 type sign struct {
 	seq   uint64
 	since time.Time
-}
-
-// dead are the incarnations with work under way that have given no sign of life for as long as one may be silent that
-// writes at every checkpoint.
-func (r *Rollout) dead(st *machine.State) []string {
-	lives := map[string]sign{}
-	var dead []string
-	for inc, cur := range st.Cursors {
-		if inc == r.me() || len(cur.Open) == 0 {
-			continue
-		}
-		s := r.lives[inc]
-		if s.seq != cur.Seq || s.since.IsZero() {
-			s = sign{cur.Seq, r.now()}
-		}
-		lives[inc] = s
-		if r.now().Sub(s.since) >= r.patience() {
-			dead = append(dead, inc)
-		}
-	}
-	r.lives = lives
-	slices.Sort(dead)
-	return dead
 }
 
 // latchHere takes every share to zero in this process, whatever is stored.

@@ -110,8 +110,8 @@ Tests force answers with package rollouttest.
 
 # Stores
 
-A [Store] keeps the state across restarts and shares it between processes: they follow the same stage, and all of their
-outcomes count. [DirStore] is a directory for the processes of one machine, [MemStore] is for tests, and any database
+A [Store] keeps the state across restarts and shares it between any number of processes: they follow the same stage, gates
+judge the sum of what all of them have counted, and a rollback is everybody's. None of them leads. [DirStore] is a directory for the processes of one machine, [MemStore] is for tests, and any database
 with a compare-and-swap can be one. Without a Store, a restart forgets everything, also a rollback, and two processes
 each decide for themselves. While a Store fails, shares stay as they are and nothing advances, but a broken gate still
 rolls back here; Options.Lease limits how long.

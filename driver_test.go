@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/machine"
+	"github.com/stagedrollout/rollout/internal/tally"
 )
 
 // driver takes rollouts on one store through a schedule, without their Runs: one action after the other, in a time of its
@@ -98,7 +99,7 @@ func (d *driver) begin(id, version int) {
 	p.startClock()
 	if st := d.load(); st != nil {
 		for _, ring := range p.plan.Rings {
-			p.had[ringTally{st.Gen, ring}] = tallied(st, p.metric(), ring)
+			p.had[ringTally{st.Gen, ring}] = tallied(st, p.metric(), ring) + d.coming(st, p.metric(), ring)
 		}
 	}
 	if old := d.procs[id]; old != nil {
@@ -114,7 +115,8 @@ func (d *driver) lone(replica string, version int, s Store) *Rollout {
 	if err != nil {
 		panic(err)
 	}
-	r.now = func() time.Time { return d.now }
+	r.now, r.coin = func() time.Time { return d.now }, func(int) bool { return true }
+	r.barrier = 0
 	return r
 }
 
@@ -162,6 +164,30 @@ func tallied(st *machine.State, m Rate, ring string) uint64 {
 	return 0
 }
 
+// coming is how many outcomes of a metric are published and not consumed yet.
+func (d *driver) coming(st *machine.State, m Rate, ring string) (n uint64) {
+	all, _ := d.store.Store.List(context.Background(), fmt.Sprintf("rollout/x/ev/%d.%s/", st.Gen, st.Nonce))
+	sum := &tally.Sum{}
+	for key, value := range all {
+		if about, err := tally.Peek(value); err != nil {
+			d.broken("the evidence %s cannot be read: %v", key, err)
+		} else if _, gone := st.Retired[about.Inc]; gone {
+			continue
+		}
+		_ = sum.AddEncoded(value)
+	}
+	for k, t := range sum.Totals {
+		if k.Metric != m.Name() || k.Ring != ring || k.Epoch < st.Oldest {
+			continue
+		}
+		n += t.Counts.Sum(0) + t.Counts.Sum(1)
+		if was := st.Consumed[k]; was != nil {
+			n -= was.Counts.Sum(0) + was.Counts.Sum(1)
+		}
+	}
+	return n
+}
+
 // serve has n requests decided and answered, of which so many in a hundred of the candidate's are errors.
 func (p *proc) serve(n, bad int) {
 	seen := serving{}
@@ -192,10 +218,12 @@ func (p *proc) serve(n, bad int) {
 func (p *proc) evaluate(passed time.Duration) {
 	p.d.now = p.d.now.Add(passed)
 	was := p.d.idle
-	p.d.idle = len(p.d.store.held) == 0 && !slices.ContainsFunc(p.d.procs, func(p *proc) bool { return p.fresh || p.clock.doubt != nil })
+	p.d.idle = len(p.d.store.held) == 0 && !slices.ContainsFunc(p.d.procs, func(p *proc) bool { return p.fresh || p.clock.doubt != nil || p.pub.pending != nil })
 	p.tick(context.Background(), &p.clock, false)
 	p.clock.alarm, p.d.idle = false, was
-	p.fresh = p.fresh && !p.clock.stored.Equal(p.d.now)
+	if p.pub.pending == nil && p.clock.doubt == nil && p.clock.loaded.Equal(p.d.now) {
+		p.fresh = false
+	}
 	p.tend(func([]*Session) {})
 	p.mu.Lock()
 	st := p.known
@@ -363,7 +391,7 @@ func (p *proc) check() {
 
 // calm ends whatever is wrong with the store, and with steps.
 func (d *driver) calm() {
-	d.store.next, d.store.skip, d.store.blind, d.store.before, d.failing = 0, 0, 0, nil, 0
+	d.store.next, d.store.other, d.store.skip, d.store.blind, d.store.before, d.failing = 0, 0, 0, 0, nil, 0
 	d.store.settle(true)
 }
 
@@ -580,7 +608,8 @@ const (
 type unsure struct {
 	Store
 	d      *driver
-	next   fault    // of the next write
+	next   fault    // of the next write of the state
+	other  fault    // of the next write of anything else
 	skip   int      // but for so many before it
 	blind  int      // so many looks fail
 	left   int      // so many writes are answered, then none; below 0: all
@@ -626,17 +655,22 @@ func (u *unsure) List(ctx context.Context, prefix string) (map[string][]byte, er
 
 func (u *unsure) CompareAndSwap(ctx context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
 	u.meanwhile()
-	if u.left == 0 {
-		<-ctx.Done()
-		return 0, false, ctx.Err()
-	}
-	u.left--
-	f := u.next
-	if u.skip > 0 {
-		u.skip--
-		f = 0
+	f := u.other
+	if key != stateKey {
+		u.other = 0
 	} else {
-		u.next = 0
+		if u.left == 0 {
+			<-ctx.Done()
+			return 0, false, ctx.Err()
+		}
+		u.left--
+		f = u.next
+		if u.skip > 0 {
+			u.skip--
+			f = 0
+		} else {
+			u.next = 0
+		}
 	}
 	write := func() (uint64, bool, error) {
 		rev, ok, err := u.Store.CompareAndSwap(context.WithoutCancel(ctx), key, old, value)
@@ -741,11 +775,12 @@ func (d *driver) canon(st *machine.State) string {
 			fmt.Fprintf(&b, " intent %v", p.intent.gen == 0 || st != nil && p.intent.gen == st.Gen)
 		}
 		if c := p.clock.doubt; c != nil {
-			fmt.Fprintf(&b, " doubt %v %v", st != nil && st.Consumed(p.me(), c.seq), c.next.Phase)
+			fmt.Fprintf(&b, " doubt %v %v", st != nil && st.Writer == c.st.Writer && st.Op == c.st.Op, c.st.Phase)
 		}
 		p.mu.Unlock()
+		fmt.Fprintf(&b, " published %v %v %v", p.pub.acked != nil, p.pub.pending != nil, p.pub.confirmed)
 	}
-	fmt.Fprintf(&b, "\n%d %d %d %d %d", d.store.next, d.store.skip, d.store.blind, len(d.store.held), d.failing)
+	fmt.Fprintf(&b, "\n%d %d %d %d %d %d", d.store.other, d.store.next, d.store.skip, d.store.blind, len(d.store.held), d.failing)
 	return b.String()
 }
 

@@ -88,7 +88,7 @@ func TestEnumerationsAreTexts(t *testing.T) {
 		0: "unset", Started: "started", StageEntered: "stage entered", Climbed: "climbed", HoldBegan: "held", Resumed: "resumed", Approved: "approved",
 		PercentSet: "percent set", SteppedBack: "stepped back", RingRolledBack: "ring rolled back", RollbackBegan: "rollback began", StepFailed: "step failed",
 		StepDone: "step done", RollbackStuck: "rollback stuck", RollbackDone: "rollback done", CompletedRollout: "completed", GateBroken: "gate broken",
-		PolicyEdited: "policy edited", VersionAdopted: "version adopted", StoreWentBack: "store went back", StepWaived: "step waived", WorkLost: "work lost", StoreFailed: "store failed", StoreBack: "store back",
+		PolicyEdited: "policy edited", VersionAdopted: "version adopted", StoreWentBack: "store went back", StepWaived: "step waived", WorkLost: "work lost", EvidenceLost: "evidence lost", StoreFailed: "store failed", StoreBack: "store back",
 	})
 }
 

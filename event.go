@@ -36,6 +36,7 @@ const (
 	StoreWentBack    = EventKind(machine.WentBack)       // the Store held an older state; what was known was joined with it
 	StepWaived       = EventKind(machine.StepWaived)     // an operator's word stands for what Note names
 	WorkLost         = EventKind(machine.WorkLost)       // a process died with sessions under way, which count as failed
+	EvidenceLost     = EventKind(machine.EvidenceLost)   // what a process had counted cannot be read; the rest goes on being judged
 	StoreFailed      = EventKind(32)                     // Err says how; told once until StoreBack
 	StoreBack        = EventKind(33)                     // the Store can be used again
 )
@@ -47,7 +48,7 @@ var eventNames = func() []string {
 		Approved: "approved", PercentSet: "percent set", SteppedBack: "stepped back", RingRolledBack: "ring rolled back",
 		RollbackBegan: "rollback began", StepFailed: "step failed", StepDone: "step done", RollbackStuck: "rollback stuck",
 		RollbackDone: "rollback done", CompletedRollout: "completed", GateBroken: "gate broken", PolicyEdited: "policy edited",
-		StepWaived: "step waived", WorkLost: "work lost", VersionAdopted: "version adopted", StoreWentBack: "store went back", StoreFailed: "store failed", StoreBack: "store back",
+		StepWaived: "step waived", WorkLost: "work lost", EvidenceLost: "evidence lost", VersionAdopted: "version adopted", StoreWentBack: "store went back", StoreFailed: "store failed", StoreBack: "store back",
 	} {
 		names[k] = name
 	}
@@ -102,7 +103,7 @@ const maxQueue = 256
 // subscriber is one function that wants events.
 type subscriber struct{ f func(Event) }
 
-// Subscribe calls f with each event from now on, one after the other, from one goroutine of [Rollout.Run] and without any
+// Subscribe calls f with each event from now on, also those of other processes on the same Store, one after the other, from one goroutine of [Rollout.Run] and without any
 // lock: f may call anything. Events that happen while Run does not run wait for it. A slow f delays no tick; what more
 // than 256 events wait for it is dropped and counted in Status.Dropped. A panic in f is logged, and f is called again for
 // the next event. After stop has returned, f is not called for events that happen later.
@@ -184,7 +185,7 @@ func (r *Rollout) tell(s *subscriber, e Event) {
 func (r *Rollout) logEvent(e Event) {
 	level := slog.LevelInfo
 	switch e.Kind {
-	case HoldBegan, SteppedBack, RingRolledBack, RollbackBegan, GateBroken, StepFailed, StepWaived, WorkLost, PolicyEdited:
+	case HoldBegan, SteppedBack, RingRolledBack, RollbackBegan, GateBroken, StepFailed, StepWaived, WorkLost, EvidenceLost, PolicyEdited:
 		level = slog.LevelWarn
 	case RollbackStuck:
 		level = slog.LevelError

@@ -114,7 +114,7 @@ func TestNextRun(t *testing.T) {
 				p.serve(7*time.Second, .01, .01)
 				p.stop()
 				p.serve(time.Second, .01, .01) // decisions are given without a Run as well
-				if doubt := r.clock.doubt != nil; doubt != (between != "nothing") {
+				if doubt := r.clock.doubt != nil || r.pub.pending != nil; doubt != (between != "nothing") {
 					t.Fatalf("%s: in doubt is %v: the test shows nothing", between, doubt)
 				}
 				if between == "another writer" {

@@ -250,9 +250,9 @@ func (f *forecaster) look(r ringFlow) float64 {
 	}
 	look := f.tick
 	if least > 0 {
-		look = max(look, blockLeast/least)
+		look = max(look, machine.BlockLeast/least)
 	}
-	return min(look, max(blockAge.Seconds(), f.tick))
+	return min(look, max(machine.BlockAge.Seconds(), f.tick))
 }
 
 // run forecasts stage by stage.

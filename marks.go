@@ -102,7 +102,13 @@ func (r *Rollout) markLocked(st *machine.State) {
 				if m == nil {
 					continue
 				}
-				present = r.plan.Judge.Thresholds(present[:0], &st.Gates, nameOf(r.metrics[j].ref), ring.name)
+				metric := nameOf(r.metrics[j].ref)
+				if present = r.plan.Judge.Thresholds(present[:0], &st.Gates, metric, ring.name); len(present) == 0 {
+					present = append(present, st.Marks[metric][ring.name]...) // a head has no gates
+				}
+				if len(present) != r.metrics[j].marks {
+					present = present[:0]
+				}
 				m.follow(present)
 			}
 		}

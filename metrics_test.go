@@ -16,6 +16,7 @@ import (
 
 	"github.com/stagedrollout/rollout/internal/judge"
 	"github.com/stagedrollout/rollout/internal/machine"
+	"github.com/stagedrollout/rollout/internal/tally"
 )
 
 var (
@@ -276,12 +277,15 @@ func TestRationaleComesFirst(t *testing.T) {
 		var work sync.WaitGroup
 		work.Go(func() { d.Record(leaks.Observe(true).Because("the other customer's name")) })
 		for {
-			k := r.cutFor(st, false)
-			k.commit()
-			if len(k.breaches) == 0 {
+			var in machine.Input
+			sum := &tally.Sum{}
+			sum.Add(r.count(st))
+			must(t, machine.Take(st, r.plan, machine.Gathered{Sum: sum, Form: r.formOf, Share: r.shareOf(st), Alarm: true}, &in))
+			in.Rationales = r.rationales()
+			if len(in.Breaches) == 0 {
 				continue
 			}
-			if len(k.reasons["leaks"]) == 0 {
+			if len(in.Rationales["leaks"]) == 0 {
 				t.Fatalf("the %dth was seen without its rationale", n)
 			}
 			break

@@ -21,11 +21,11 @@ import (
 	"github.com/stagedrollout/rollout/internal/evidence"
 )
 
-// tally is what a rollout counted, by cohort: control, candidate.
-type tally struct{ decided, good, bad, timed [2]uint64 }
+// outcomesTally is what a rollout counted, by cohort: control, candidate.
+type outcomesTally struct{ decided, good, bad, timed [2]uint64 }
 
-func tallyOf(r *Rollout) tally {
-	var c tally
+func tallyOf(r *Rollout) outcomesTally {
+	var c outcomesTally
 	for i, ring := range r.Status().Rings {
 		c.decided[0] += ring.Control
 		c.decided[1] += ring.Candidate
@@ -39,16 +39,16 @@ func tallyOf(r *Rollout) tally {
 	return c
 }
 
-func wantTally(t *testing.T, r *Rollout, want tally) {
+func wantTally(t *testing.T, r *Rollout, want outcomesTally) {
 	t.Helper()
 	if got := tallyOf(r); got != want {
 		t.Errorf("%s counted %+v, want %+v", r.Name(), got, want)
 	}
 }
 
-// once is the tally of n decisions and as many outcomes of one cohort.
-func once(c Cohort, good, bad uint64) tally {
-	var want tally
+// once is the outcomesTally of n decisions and as many outcomes of one cohort.
+func once(c Cohort, good, bad uint64) outcomesTally {
+	var want outcomesTally
 	i := c - Control
 	want.decided[i], want.good[i], want.bad[i], want.timed[i] = good+bad, good, bad, good+bad
 	return want
@@ -152,7 +152,7 @@ func TestMiddlewareRecordsWhatWasDecided(t *testing.T) {
 	}
 	wantTally(t, decided, once(decided.Peek(u).Cohort(), 3, 0))
 	wantTally(t, handled, once(handled.Peek(u).Cohort(), 3, 0))
-	wantTally(t, undecided, tally{})
+	wantTally(t, undecided, outcomesTally{})
 }
 
 func TestMiddlewareWhatIsAnError(t *testing.T) {
@@ -426,9 +426,9 @@ func TestServerInformationalAndSendfile(t *testing.T) {
 
 // waitTally is wantTally for a server whose client may be ahead of it: when Middleware records, the response is out
 // already. A test that never gets there fails by its timeout.
-func waitTally(t *testing.T, r *Rollout, want tally) {
+func waitTally(t *testing.T, r *Rollout, want outcomesTally) {
 	t.Helper()
-	for tallyOf(r) == (tally{decided: want.decided}) {
+	for tallyOf(r) == (outcomesTally{decided: want.decided}) {
 		runtime.Gosched()
 	}
 	wantTally(t, r, want)
@@ -639,7 +639,7 @@ func TestHandlerWithoutUnit(t *testing.T) {
 	if n := r.Status().NoUnit; n != 3 {
 		t.Errorf("NoUnit is %d, want 3", n)
 	}
-	wantTally(t, r, tally{})
+	wantTally(t, r, outcomesTally{})
 
 	served = ""
 	var none *Rollout
@@ -727,7 +727,7 @@ func TestNestedMiddlewares(t *testing.T) {
 			wantTally(t, inner, once(inner.Peek(v).Cohort(), 1, 0))
 			want := once(Candidate, 1, 0)
 			if !same {
-				want = tally{decided: [2]uint64{1, 1}, good: [2]uint64{1, 1}, timed: [2]uint64{1, 1}}
+				want = outcomesTally{decided: [2]uint64{1, 1}, good: [2]uint64{1, 1}, timed: [2]uint64{1, 1}}
 			}
 			wantTally(t, both, want)
 		})
@@ -773,8 +773,8 @@ func TestWithoutScope(t *testing.T) {
 	}
 }
 
-// do runs one Do of a unit of each cohort with f as both functions, and returns the tally.
-func do(t *testing.T, ctx context.Context, o *Options, f func(context.Context) error) (errs [2]error, panics [2]any, got tally) {
+// do runs one Do of a unit of each cohort with f as both functions, and returns the outcomesTally.
+func do(t *testing.T, ctx context.Context, o *Options, f func(context.Context) error) (errs [2]error, panics [2]any, got outcomesTally) {
 	t.Helper()
 	r := running(t, "do")
 	if o != nil {
@@ -856,7 +856,7 @@ func TestDoWhatIsAFailure(t *testing.T) {
 			if panics[0] != tc.panics || panics[1] != tc.panics {
 				t.Errorf("panicked with %v, want %v", panics, tc.panics)
 			}
-			want := tally{decided: [2]uint64{1, 1}, timed: [2]uint64{1, 1}}
+			want := outcomesTally{decided: [2]uint64{1, 1}, timed: [2]uint64{1, 1}}
 			if want.good = [2]uint64{1, 1}; tc.bad {
 				want.good, want.bad = want.bad, want.good
 			}
@@ -970,7 +970,7 @@ func TestRollbackMeanwhile(t *testing.T) {
 	if err := r.Do(t.Context(), u, f, g); err != nil {
 		t.Fatal(err)
 	}
-	wantTally(t, r, tally{decided: [2]uint64{0, 1}})
+	wantTally(t, r, outcomesTally{decided: [2]uint64{0, 1}})
 	if n := r.Status().Late; n != 2 {
 		t.Errorf("Late is %d, want 2", n)
 	}

@@ -62,6 +62,9 @@ type Incident struct {
 
 	// Units are about how many units came, by ring, in the process that found the gate broken.
 	Units map[string]UnitCount `json:"units,omitempty"`
+	// Behind are processes that had not confirmed, when the first step began, that they serve nobody the candidate any more:
+	// they may be dead, or cut off. Their names begin with [Options].Replica.
+	Behind []string `json:"behind,omitempty"`
 	// Exposure is whom the candidate was given to, see [Incident.WasExposed]; nil where it is not known any more.
 	Exposure *Exposure `json:"exposure,omitempty"`
 }
@@ -86,7 +89,7 @@ func (r *Rollout) incidentOf(st *machine.State, in *machine.Incident) *Incident 
 		Rationales: slices.Clone(in.Rationales), Units: unitCounts(in.Units),
 	}
 	if st.Gen == in.Gen {
-		public.Exposure = r.exposure(st)
+		public.Exposure, public.Behind = r.exposure(st), slices.Clone(st.Behind)
 	}
 	return public
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	mathrand "math/rand/v2"
 	"os"
 	"slices"
 	"strings"
@@ -73,15 +74,20 @@ type Rollout struct {
 	replica string
 	store   Store // nil: none, its state is kept as it is
 	shared  bool
-	now     func() time.Time // the control path's clock; a rehearsal has one of its own
-	virtual bool             // a rehearsal: time stands still while a callback runs
-	quiet   time.Duration    // the least time that a runner of steps may give no sign of life
-	dither  func() uint32    // even chances for scores; nil: of the process
+	now     func() time.Time      // the control path's clock; a rehearsal has one of its own
+	virtual bool                  // a rehearsal: time stands still while a callback runs
+	quiet   time.Duration         // the least time that a runner of steps may give no sign of life
+	silent  uint64                // rounds after which an incarnation that is not heard of is dead in any case
+	barrier time.Duration         // how long a rollback waits for other processes to confirm it, beside the grace
+	coin    func(n int) bool      // two chances in n
+	judged  func([]machine.Block) // is told of blocks once it is stored that they were judged
+	dither  func() uint32         // even chances for scores; nil: of the process
 
 	effects  Store     // of the journal: store, or one of its own
 	journal  effectLog // what this process has put there
 	sessions sessions
 
+	counting    atomic.Pointer[string]   // the incarnation that its evidence is of
 	incarnation atomic.Pointer[string]   // of this Rollout: one life of one process
 	snap        atomic.Pointer[snapshot] // what decisions see
 	slot        atomic.Uint32            // the present slot of time, from 1
@@ -107,13 +113,17 @@ type Rollout struct {
 	latch       map[uint64]bool // generations that are rolled back here, whatever is stored
 	revoked     map[uint64]bool // of them, those whose rollback is stored, or could not be
 	leashes     map[leashKey]*leash
-	latchAny    bool      // so is the first one that will be loaded
-	intent      *intent   // a rollback that is not stored yet
-	stale       bool      // the lease is over
-	adopted     time.Time // when another process\'s evaluation was last seen
-	ruled       bool      // this process\'s own policy was in force
-	moved       time.Time // when an evaluation was last seen
-	storeErr    error     // of the last use of the Store
+	fork        snapKey        // up to this epoch the candidate is rolled back here, by this process's own evidence
+	latchAny    bool           // so is the first one that will be loaded
+	intent      *intent        // a rollback that is not stored yet
+	stale       bool           // the lease is over
+	since       time.Time      // when this process began to follow the present version of the state
+	ruled       bool           // this process's own policy was in force
+	moved       time.Time      // when an evaluation was last seen
+	round       uint64         // of that
+	head        *machine.State // the last one loaded, or written
+	headRev     uint64
+	storeErr    error // of the last use of the Store
 	checks      map[string]judge.CheckResult
 	readings    map[string]*sourceReading // by metric measured elsewhere
 	causes      map[string]string         // why such metrics have nothing
@@ -130,6 +140,8 @@ type Rollout struct {
 
 	// Of the goroutine of Run alone.
 	clock         clock
+	pub           publisher
+	missing       int // how often evidence could not be read
 	sourced       sourcedClock
 	slotClock     slotClock
 	unknownLogged bool
@@ -166,8 +178,8 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	r := &Rollout{
 		name: name, policy: p.withDefaults(name), o: opts,
 		store: opts.Store, shared: opts.Store != nil, now: time.Now,
-		quiet: 15 * time.Second,
-		wake:  make(chan struct{}, 1), hint: make(chan struct{}, 1), turned: make(chan struct{}, 1), queued: make(chan struct{}, 1),
+		quiet: 15 * time.Second, silent: silentFor, judged: func([]machine.Block) {}, coin: func(n int) bool { return mathrand.IntN(n) < 2 },
+		wake: make(chan struct{}, 1), hint: make(chan struct{}, 1), turned: make(chan struct{}, 1), queued: make(chan struct{}, 1),
 		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{}, revoked: map[uint64]bool{}, leashes: map[leashKey]*leash{},
 	}
 	r.sessions.origin, r.sessions.never, r.sessions.look = randomText(), make(chan struct{}), make(chan struct{}, 1)
@@ -177,6 +189,7 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	if r.o.Interval == 0 {
 		r.o.Interval = defaultInterval
 	}
+	r.barrier = 3 * r.o.Interval
 	replica := opts.Replica
 	if replica == "" {
 		replica, _ = os.Hostname()
@@ -341,7 +354,7 @@ func (p *Policy) plan(gates []Gate, interval time.Duration, sourced map[string]b
 		all[i].Moments = all[i].Kind.IsScore() && sourced[all[i].Metric]
 	}
 	all = append(all, p.guards()...)
-	plan := &machine.Plan{Version: p.Version, OnDeadline: judge.Action(p.OnDeadline), Tick: interval}
+	plan := &machine.Plan{Keep: keepRetired, Version: p.Version, OnDeadline: judge.Action(p.OnDeadline), Tick: interval}
 	plan.Rings = p.ringNames()
 	var err error
 	plan.Judge, err = judge.New(all, judge.Risk{FalseRollback: p.FalseRollback, FalsePromotion: p.FalsePromotion, Independent: p.Independent}, plan.Rings...)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	mathrand "math/rand/v2"
 	"sync"
 	"time"
 
@@ -108,9 +109,9 @@ func waitFor(g *sync.WaitGroup) {
 // startClock is where the time of a Run begins.
 func (r *Rollout) startClock() {
 	now := r.now()
-	// What was cut and not stored for certain is still in doubt, and a sequence number never repeats.
-	r.clock = clock{stepped: now, stored: now, loaded: now, gen: r.clock.gen, seq: r.clock.seq, doubt: r.clock.doubt}
+	r.clock = clock{loaded: now, fresh: true, doubt: r.clock.doubt}
 	r.mu.Lock()
+	r.since = now                             // the time before, nobody has followed it here
 	r.checks = map[string]judge.CheckResult{} // old answers prove nothing
 	r.readings = map[string]*sourceReading{}
 	r.mu.Unlock()
@@ -131,7 +132,8 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 			r.tick(unhurried, &r.clock, false)
 			r.clock.alarm = false
 		} else {
-			r.refresh(unhurried)
+			err := r.refresh(unhurried)
+			r.noteStore(err)
 		}
 		r.logUnknown()
 		if run, idle := r.stepsToRun(); run {
@@ -146,6 +148,9 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 		select {
 		case <-ctx.Done():
 		case <-ticker.C:
+			if r.crowded() { // many that tick at one moment are in each other's way
+				ticker.Reset(r.o.Interval*9/10 + time.Duration(mathrand.Int64N(int64(r.o.Interval/5)+1)))
+			}
 		case <-r.wake:
 			r.clock.alarm = r.alarm.Swap(false)
 		case <-r.hint:
@@ -154,9 +159,15 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 	}
 }
 
+// crowded reports whether many processes share the rollout.
+func (r *Rollout) crowded() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.known != nil && r.known.Live > 2
+}
+
 // finish stores the last evidence.
 func (r *Rollout) finish(ctx context.Context) {
-	r.clock.stored = time.Time{} // write whatever there is
 	r.tick(ctx, &r.clock, true)
 }
 
@@ -164,6 +175,11 @@ func (r *Rollout) finish(ctx context.Context) {
 type rival struct {
 	gen, term, beat uint64
 	since           time.Time // nothing moved
+}
+
+// still reports whether nothing has moved in a state either. The nil rival has seen nothing stand still.
+func (v *rival) still(st *machine.State) bool {
+	return v != nil && v.gen == st.Gen && v.term == st.Term && v.beat == st.Beat
 }
 
 // How long the steps of a rollback may stand still before another process takes them over, and before one that has no
@@ -176,15 +192,15 @@ func (r *Rollout) stepsPatience(have bool) time.Duration {
 }
 
 // stepsToRun reports whether this process should run rollback steps, of whichever version: they are found by name. It
-// takes over from another process where they stand still. idle: that is why.
-func (r *Rollout) stepsToRun() (run, idle bool) {
+// takes over from another process where they stand still. idle: that is why, and where.
+func (r *Rollout) stepsToRun() (run bool, idle *rival) {
 	r.mu.Lock()
 	st := r.known
 	r.mu.Unlock()
 	next, ok := machine.NextStep(st)
 	if !ok {
 		r.rival = rival{}
-		return false, false
+		return false, nil
 	}
 	if now := (rival{gen: st.Gen, term: st.Term, beat: st.Beat, since: r.rival.since}); now != r.rival {
 		now.since = r.now()
@@ -192,9 +208,10 @@ func (r *Rollout) stepsToRun() (run, idle bool) {
 	}
 	have := r.canRun(next)
 	if have && (st.Runner == "" || st.Runner == r.me()) {
-		return true, false
+		return true, nil
 	}
-	return r.now().Sub(r.rival.since) >= r.stepsPatience(have), true
+	seen := r.rival
+	return r.now().Sub(seen.since) >= r.stepsPatience(have), &seen
 }
 
 // clearing is what of the journal is settled: generations up to one, but for so many rings' effects.
@@ -231,7 +248,7 @@ func (r *Rollout) clearJournal(ctx context.Context, work *sync.WaitGroup, busy c
 func (r *Rollout) watch(ctx context.Context) {
 	for n := 0; ctx.Err() == nil; n++ {
 		_, err := guard(ctx, stepGrace, func(ctx context.Context) (struct{}, error) {
-			return struct{}{}, r.store.Watch(ctx, "rollout/"+r.name+"/", func() { signal(r.hint) })
+			return struct{}{}, r.store.Watch(ctx, r.headKey(), func() { signal(r.hint) })
 		})
 		if ctx.Err() != nil {
 			return

@@ -89,7 +89,7 @@ func TestSchedules(t *testing.T) {
 func (d *driver) draw(t *rapid.T) (what string) {
 	kind := rapid.SampledFrom([]string{
 		"good", "good", "good", "bad", "silence", "verb", "verb", "verb", "verb", "verb", "steps", "steps", "steps", "failing",
-		"fault", "fault", "between", "between", "lands", "crash", "version", "hint", "hint",
+		"fault", "fault", "evidence", "between", "between", "lands", "crash", "version", "hint", "hint",
 	}).Draw(t, "action")
 	p := d.procs[rapid.IntRange(0, 1).Draw(t, "process")]
 	say := func(format string, args ...any) { what = fmt.Sprintf("p%d: ", p.id) + fmt.Sprintf(format, args...) }
@@ -121,6 +121,9 @@ func (d *driver) draw(t *rapid.T) (what string) {
 		d.store.next = rapid.SampledFrom([]fault{dropped, landed, unheard, delayed, delayed, outheld, outrolled}).Draw(t, "fault")
 		d.store.skip = rapid.IntRange(0, 3).Draw(t, "writes before")
 		say("fault %d after %d writes", d.store.next, d.store.skip)
+	case "evidence":
+		d.store.other = rapid.SampledFrom([]fault{dropped, landed, unheard, delayed}).Draw(t, "fault")
+		say("evidence fault %d", d.store.other)
 	case "between":
 		verb := rapid.SampledFrom(often).Draw(t, "verb")
 		calls := rapid.IntRange(0, 4).Draw(t, "calls before")

@@ -210,13 +210,6 @@ func (ss *sessions) forsake() {
 	}
 }
 
-// sameOpen reports whether the same work is open.
-func sameOpen(a, b []machine.Open) bool {
-	return slices.EqualFunc(a, b, func(x, y machine.Open) bool {
-		return x.Ring == y.Ring && x.Gen == y.Gen && slices.Equal(x.Candidate, y.Candidate) && slices.Equal(x.Control, y.Control)
-	})
-}
-
 // leashKey names a candidate in a ring.
 type leashKey struct {
 	gen  uint64

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -275,7 +276,7 @@ func TestPoliciesSideBySide(t *testing.T) {
 					}
 				}
 				two.stop()
-				for range 3 {
+				for range 4 {
 					minute()
 				}
 				if st := inStore(t, store); st.Policy != one.plan.Policy || one.Status().Passive || !served(one.Rollout) {
@@ -284,4 +285,99 @@ func TestPoliciesSideBySide(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestStepsDoNotWaitForTheDead: a process that has ended confirms no rollback. The steps wait three ticks for it, and the
+// grace of sessions only where it, or another one, has some under way.
+func TestStepsDoNotWaitForTheDead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		var log journal
+		p := threeStages()
+		p.Sessions.Grace = 10 * time.Minute
+		p.Rollback = []RollbackStep{{Name: "undo", Do: func(context.Context, Incident) error { log.add("undone"); return nil }}}
+		var all []*process
+		for range 3 {
+			r := start(t, "x", p, Options{Store: store})
+			r.serve(10*time.Second, 0, 0)
+			all = append(all, r)
+		}
+		all[0].stop()
+		must(t, all[1].Rollback(t.Context(), "bad"))
+		time.Sleep(5 * defaultInterval)
+		log.is(t, "undone")
+		all[2].is(RolledBack, "")
+
+		must(t, all[1].Restart(t.Context(), "again"))
+		minute()
+		for _, r := range all[1:] {
+			r.serve(10*time.Second, 0, 0)
+		}
+		_, s := all[2].Begin(t.Context(), all[2].of(Candidate))
+		must(t, all[1].Rollback(t.Context(), "bad"))
+		minute()
+		log.is(t, "undone")
+		s.End(nil)
+		minute()
+		log.is(t, "undone", "undone")
+	})
+}
+
+// TestStepsOnceInACrowd: with so many processes that each seldom evaluates, the signs of life of the one that runs the steps
+// are seen all the same.
+func TestStepsOnceInACrowd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		var log journal
+		p := threeStages()
+		for _, name := range []string{"one", "two"} {
+			p.Rollback = append(p.Rollback, RollbackStep{Name: name, Timeout: time.Hour, Do: func(ctx context.Context, in Incident) error {
+				log.add("%s begins", name)
+				sleep(ctx, 5*time.Minute)
+				log.add("%s ends", name)
+				return ctx.Err()
+			}})
+		}
+		var all []*process
+		for range 8 {
+			r := start(t, "x", p, Options{Store: store})
+			all = append(all, r)
+			r.serve(5*time.Second, 0, 0)
+		}
+		must(t, all[1].Rollback(t.Context(), "bad"))
+		for range 15 {
+			minute()
+		}
+		log.is(t, "one begins", "one ends", "two begins", "two ends")
+		for _, step := range all[3].Status().Steps {
+			if step.Attempts != 1 || !step.Done {
+				t.Errorf("the step is %+v", step)
+			}
+		}
+	})
+}
+
+// TestOneTakesOver: of several that find that the steps of a rollback stand still, one takes them over.
+func TestOneTakesOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		var log journal
+		p := threeStages()
+		p.Rollback = []RollbackStep{{Name: "undo", Timeout: time.Hour, Do: func(ctx context.Context, in Incident) error {
+			log.add("begins with fence %s", strings.TrimLeft(in.Fence, "0"))
+			sleep(ctx, time.Minute)
+			return ctx.Err()
+		}}}
+		one := start(t, "x", p, Options{Store: store})
+		one.serve(10*time.Second, 0, 0)
+		must(t, one.Rollback(t.Context(), "bad"))
+		synctest.Wait()
+		st := inStore(t, store)
+		two := start(t, "x", p, Options{Store: store})
+		two.stop()
+		two.runSteps(t.Context(), &rival{gen: st.Gen, term: st.Term - 1, beat: st.Beat}) // before one took over
+		minute()
+		log.is(t, "begins with fence 1")
+		one.is(RolledBack, "")
+	})
 }

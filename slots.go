@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/evidence"
-	"github.com/stagedrollout/rollout/internal/judge"
 	"github.com/stagedrollout/rollout/internal/machine"
 )
 
@@ -105,8 +104,8 @@ func (l *ledger) base(position int) {
 		if ring.closed {
 			continue
 		}
-		for c := range rl.base {
-			rl.base[c][position] = ring.counts(c, position)
+		for c := range rl.slots {
+			rl.slots[c][position] = ring.counts(c, position)
 		}
 	}
 }
@@ -135,48 +134,37 @@ func (v *voice) listen(ring *ringView) {
 
 // outcomeDelay is how long after a slot an outcome may still come: as long as the control's slowest take.
 func outcomeDelay(st *machine.State, ring string) time.Duration {
-	d, _ := st.Gates.ControlQuantile(Latency.Name(), ring, 0.999)
-	return min(max(d, slotLeast), waitMost)
+	return min(max(st.Slowest(ring), slotLeast), waitMost)
 }
 
-// cutSlots adds a block for each slot that is over for so long that nothing more is to come of it. What is not taken
-// before its cells are needed again is lost, of both cohorts alike.
-func (l *ledger) cutSlots(c *cut, st *machine.State, i int) {
+// countSlots counts each slot that is over for so long that nothing more is to come of it. What is not counted before its
+// cells are needed again is lost, of both cohorts alike.
+func (l *ledger) countSlots(st *machine.State, i int) {
 	r, ring, rl := l.snap.r, &l.snap.rings[i], &l.rings[i]
 	v := &l.snap.life.voices[i]
 	v.listen(ring)
 	if ring.all || l.snap.over.Load() { // without a control nothing can be said; without Records all are silent
 		return
 	}
-	delay := outcomeDelay(st, ring.name)
+	now, delay := r.now(), outcomeDelay(st, ring.name)
 	present := r.slot.Load()
-	upto := rl.silent
-	for slot := upto + 1; slot < present; slot++ {
+	for slot := rl.silent + 1; slot < present; slot++ {
 		if present-slot < slots {
-			if c.at.Sub(r.slotClock.ends[slot%slots]) < delay {
+			if now.Sub(r.slotClock.ends[slot%slots]) < delay {
 				break
 			}
-			if b, ok := rl.silence(ring, int(slot%slots), v.errors); ok && v.some {
-				c.blocks = append(c.blocks, machine.Block{Epoch: l.snap.epoch, Block: b})
+			if v.some {
+				rl.addSilence(ring, int(slot%slots), v.errors)
 			}
 		}
-		upto = slot
+		rl.silent = slot
 	}
-	c.slots = append(c.slots, slotNote{rl, upto})
 }
 
-// slotNote is how far the slots of a ring have come.
-type slotNote struct {
-	ring *ringLedger
-	upto uint32
-}
-
-// silence is the block of one slot: decisions that something came of, and those that nothing came of.
-func (rl *ringLedger) silence(ring *ringView, position int, errors bool) (b judge.Block, some bool) {
-	var cells, by [2][]uint64
-	for c := range cells {
-		now, base := ring.counts(c, position), rl.base[c][position]
-		cells[c], by[c] = make([]uint64, 2), make([]uint64, 0, 2*slotGroups)
+// addSilence counts the decisions of one slot: those that something came of, and those that nothing came of.
+func (rl *ringLedger) addSilence(ring *ringView, position int, errors bool) {
+	for c := range rl.silence {
+		now, base := ring.counts(c, position), rl.slots[c][position]
 		for g := range slotGroups {
 			answers := now.errors[g] - base.errors[g]
 			if !errors { // anything is an answer
@@ -184,13 +172,8 @@ func (rl *ringLedger) silence(ring *ringView, position int, errors bool) (b judg
 			}
 			n := now.decided[g] - base.decided[g]
 			good := min(n, answers) // one decision may have several
-			by[c] = append(by[c], good, n-good)
-			cells[c][0] += good
-			cells[c][1] += n - good
+			rl.silence[c][2*g] += good
+			rl.silence[c][2*g+1] += n - good
 		}
 	}
-	return judge.Block{
-		Metric: GuardNoOutcome, Ring: ring.name,
-		Control: cells[0], Candidate: cells[1], ControlBy: by[0], CandidateBy: by[1],
-	}, sum(cells[0])+sum(cells[1]) > 0
 }

@@ -29,32 +29,11 @@ type consumed struct {
 	blocks []machine.Block
 }
 
-// tick makes one tick of r and takes the blocks that it consumed. lost: no state can be loaded.
-func (c *consumed) tick(r *Rollout, lost bool) {
+// tick makes one tick of r and takes the blocks that it consumed.
+func (c *consumed) tick(r *Rollout) {
 	c.t.Helper()
-	ctx := c.t.Context()
-	r.turnSlot(time.Now())
-	if d := r.clock.doubt; d != nil && !lost {
-		l, err := r.latest(ctx)
-		if err != nil {
-			c.t.Fatal(err)
-		}
-		if r.settle(ctx, &r.clock, l); r.clock.doubt != nil {
-			return
-		}
-		c.take(d.cut.blocks) // nobody else writes here
-	}
-	r.mu.Lock()
-	st := r.known
-	r.mu.Unlock()
-	var k *cut
-	if st != nil {
-		k = r.cutFor(st, false)
-	}
-	r.tick(ctx, &r.clock, false)
-	if !lost && k != nil && r.clock.doubt == nil {
-		c.take(k.blocks)
-	}
+	r.judged = c.take
+	r.tick(c.t.Context(), &r.clock, false)
 }
 
 // take adds blocks, whose groups must sum up to their cells.
@@ -112,7 +91,7 @@ func TestSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := lone(t, slotPolicy(), Options{})
 		c := consumed{t: t}
-		c.tick(r, false)
+		c.tick(r)
 		candidate, control := keyOf(t, r, Candidate), keyOf(t, r, Control)
 		var slow []Decision
 		for range 20 {
@@ -121,24 +100,24 @@ func TestSilence(t *testing.T) {
 		}
 		r.Peek(candidate)
 		time.Sleep(5 * time.Second) // the slot ends
-		c.tick(r, false)
+		c.tick(r)
 		for _, d := range slow[:15] {
 			d.Record(Errors.Observe(false))
 		}
 		time.Sleep(4 * time.Second)
-		c.tick(r, false)
+		c.tick(r)
 		if n, _ := c.of(GuardNoOutcome); n != 0 {
 			t.Fatal("a block before outcomes had their time")
 		}
 		time.Sleep(time.Second)
-		c.tick(r, false)
+		c.tick(r)
 		n, cells := c.of(GuardNoOutcome)
 		if n != 1 || cells[1][0] != 0 || cells[1][1] != 20 || cells[0][0] != 15 || cells[0][1] != 5 {
 			t.Fatalf("%d blocks, %v", n, cells)
 		}
 		for range 3 {
 			time.Sleep(5 * time.Second)
-			c.tick(r, false)
+			c.tick(r)
 		}
 		if n, _ := c.of(GuardNoOutcome); n != 1 {
 			t.Errorf("it was handed over %d times", n)
@@ -176,7 +155,7 @@ func TestSilenceVoices(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r := lone(t, slotPolicy(), Options{})
 			c := consumed{t: t}
-			c.tick(r, false)
+			c.tick(r)
 			even, odd := 0, 0
 			for i := 0; even < 4 || odd < 6; i++ {
 				u := Unit{Key: fmt.Sprint(i)}
@@ -191,9 +170,9 @@ func TestSilenceVoices(t *testing.T) {
 				}
 			}
 			time.Sleep(5 * time.Second)
-			c.tick(r, false)
+			c.tick(r)
 			time.Sleep(5 * time.Second)
-			c.tick(r, false)
+			c.tick(r)
 			n, cells := c.of(GuardNoOutcome)
 			if n != v.blocks || n > 0 && (cells[0][0] != v.good || cells[0][1] != v.bad || sum(cells[1]) != 0) {
 				t.Errorf("%s: %d blocks, %v", v.name, n, cells)
@@ -207,13 +186,13 @@ func TestLateAnswers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := lone(t, slotPolicy(), Options{})
 		c := consumed{t: t}
-		c.tick(r, false)
+		c.tick(r)
 		candidate, control := keyOf(t, r, Candidate), keyOf(t, r, Control)
 		late := []Decision{r.Decide(candidate), r.Decide(candidate), r.Decide(candidate), r.Decide(control)}
 		late[3].Record(Errors.Observe(false))
 		for range slots {
 			time.Sleep(5 * time.Second)
-			c.tick(r, false)
+			c.tick(r)
 		}
 		if got, want := r.slot.Load()%slots, late[0].at.slot%slots; got != want || r.slot.Load() == late[0].at.slot {
 			t.Fatalf("slot %d after %d: the test shows nothing", r.slot.Load(), late[0].at.slot)
@@ -225,7 +204,7 @@ func TestLateAnswers(t *testing.T) {
 		before := len(c.blocks)
 		for range 3 {
 			time.Sleep(5 * time.Second)
-			c.tick(r, false)
+			c.tick(r)
 		}
 		c.blocks = c.blocks[before:]
 		if n, cells := c.of(GuardNoOutcome); n != 1 || cells[1][0] != 0 || cells[1][1] != 1 {
@@ -243,7 +222,7 @@ func TestSlotsOfARequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := lone(t, slotPolicy(), Options{})
 		c := consumed{t: t}
-		c.tick(r, false)
+		c.tick(r)
 		u := keyOf(t, r, Candidate)
 		counts := func(slot uint32) (decided, errors uint64) {
 			n := r.ledgers[len(r.ledgers)-1].snap.last.counts(1, int(slot%slots))
@@ -260,7 +239,7 @@ func TestSlotsOfARequest(t *testing.T) {
 		d := r.DecideContext(ctx)
 		peeked := r.Peek(u)
 		time.Sleep(5 * time.Second)
-		c.tick(r, false)
+		c.tick(r)
 		next := r.slot.Load()
 		if next != first+1 || r.DecideContext(ctx) != d || r.Decide(u).at.slot != next {
 			t.Fatalf("slot %d after %d", next, first)
@@ -292,7 +271,7 @@ func TestSlotsOfARequest(t *testing.T) {
 
 		release := r.force(Control)
 		time.Sleep(5 * time.Second)
-		c.tick(r, false)
+		c.tick(r)
 		release()
 		if got := r.Decide(u); got.at.slot != next+1 || got.at.slot != r.slot.Load() {
 			t.Errorf("after a forced time: slot %d", got.at.slot)
@@ -326,28 +305,25 @@ func TestEverythingIsConsumedOnce(t *testing.T) {
 			f := &faulty{Store: MemStore()}
 			r := lone(t, slotPolicy(), Options{Store: f})
 			c := consumed{t: t}
-			c.tick(r, false)
-			n, lost, decided, away := 0, false, [2]uint64{}, 0
-			tick := func() { c.tick(r, lost) }
+			c.tick(r)
+			n, decided, away := 0, [2]uint64{}, 0
+			tick := func() { c.tick(r) }
 			for _, op := range ops {
 				if away > 8 { // what is away for longer than slots last loses some of them
-					away, lost = 0, false
+					away = 0
 					f.set(nil, nil, nil)
 					tick()
 				}
 				switch op {
 				case 0:
 					f.set(down, nil, nil)
-					lost = true
 				case 1:
 					f.set(nil, down, nil)
-					lost = false
 				case 2:
 					f.set(nil, nil, func() error { return errDown })
-					lost = false
 				case 3:
 					f.set(nil, nil, nil)
-					lost, away = false, 0
+					away = 0
 					tick()
 				case 4, 5:
 					time.Sleep(5 * time.Second)
@@ -364,7 +340,6 @@ func TestEverythingIsConsumedOnce(t *testing.T) {
 					}
 				}
 			}
-			lost = false
 			f.set(nil, nil, nil)
 			for range 14 {
 				time.Sleep(5 * time.Second)
@@ -389,7 +364,7 @@ func TestSplitCountsUnitsOnce(t *testing.T) {
 		p.Holdback = 20
 		r := lone(t, p, Options{})
 		c := consumed{t: t}
-		c.tick(r, false)
+		c.tick(r)
 		first := map[uint64]bool{}
 		var want [2]uint64
 		serve := func() {
@@ -408,7 +383,7 @@ func TestSplitCountsUnitsOnce(t *testing.T) {
 		}
 		check := func(share float64) {
 			t.Helper()
-			c.tick(r, false)
+			c.tick(r)
 			_, cells := c.of(GuardSplit)
 			if sum(cells[0]) != want[0] || sum(cells[1]) != want[1] {
 				t.Errorf("%v, not %v", cells, want)
@@ -434,7 +409,7 @@ func TestSplitCountsUnitsOnce(t *testing.T) {
 		check(float64(-Percent(20).threshold()) / (1 << 64))
 		must(t, r.Restart(t.Context(), "anew"))
 		c.blocks = nil
-		c.tick(r, false)
+		c.tick(r)
 		clear(first)
 		want = [2]uint64{}
 		serve()
@@ -453,13 +428,13 @@ func TestGuardsSeeNothing(t *testing.T) {
 			edit(&p)
 			r := lone(t, p, Options{})
 			c := consumed{t: t}
-			c.tick(r, false)
+			c.tick(r)
 			for range 5 {
 				for i := range 30 {
 					r.Decide(Unit{Key: fmt.Sprint(i)}).Record(Errors.Observe(false))
 				}
 				time.Sleep(5 * time.Second)
-				c.tick(r, false)
+				c.tick(r)
 			}
 			if n, _ := c.of("errors"); n == 0 {
 				t.Error("no blocks at all: the test shows nothing")
@@ -532,7 +507,7 @@ func TestMarksOfEveryCall(t *testing.T) {
 			want, consumed, totals := map[string][]uint64{}, map[string][]uint64{}, map[string][2]uint64{}
 			index := func(m Timing) int { return r.snap.Load().indexOf(m.m) }
 			for _, m := range timings {
-				n := len(newLedger(r.snap.Load(), time.Time{}).rings[0].metrics[index(m)].marked[0])
+				n := len(newLedger(r.snap.Load()).rings[0].metrics[index(m)].marked[0])
 				for c := range 2 {
 					want[fmt.Sprint(nameOf(m.m), c)], consumed[fmt.Sprint(nameOf(m.m), c)] = make([]uint64, n), make([]uint64, n)
 				}
@@ -666,7 +641,7 @@ func TestThresholdsFollow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := lone(t, slotPolicy(), Options{})
 		c := consumed{t: t}
-		c.tick(r, false)
+		c.tick(r)
 		before := r.snap.Load()
 		present := func(s *snapshot) *thresholds { return s.last.marks[1].at.Load() }
 		if before.last.marks[0] != nil || present(before) != nil {
@@ -678,7 +653,7 @@ func TestThresholdsFollow(t *testing.T) {
 			control.Record(Latency.Observe(100*time.Millisecond), Errors.Observe(false))
 			candidate.Record(Latency.Observe(100*time.Millisecond), Errors.Observe(false))
 		}
-		c.tick(r, false)
+		c.tick(r)
 		want := evidence.Index(100*time.Millisecond) + 1
 		_, up := evidence.Shift(1.2)
 		for _, s := range []*snapshot{before, r.snap.Load()} {
@@ -692,7 +667,7 @@ func TestThresholdsFollow(t *testing.T) {
 		candidate.Record(Latency.Observe(300 * time.Millisecond))
 		candidate.Record(Latency.Observe(3 * time.Second))
 		control.Record(Latency.Observe(110 * time.Millisecond))
-		c.tick(r, false)
+		c.tick(r)
 		cells := [2][5]uint64{}
 		for _, b := range c.blocks {
 			if b.Metric == "latency" {

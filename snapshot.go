@@ -278,16 +278,10 @@ func (r *Rollout) newSnapshot(st *machine.State) *snapshot {
 	return s
 }
 
-// open gives a ring with a share its thresholds and its cells.
-func (r *Rollout) open(v *ringView, share Percent, life *generation) {
-	i := int(v.index)
+// limits are a ring's thresholds at a share.
+func (r *Rollout) limits(v *ringView, share Percent) {
 	held := r.policy.Holdback.threshold()
-	in := pack(true, Candidate, ReasonSplit, i, 0)
-	out := pack(false, Control, ReasonSplit, i, 0)
-	back := out
-	if v.kept = -held; held > 0 {
-		back = pack(false, Control, ReasonHoldback, i, 0)
-	}
+	v.kept = -held
 	switch {
 	case share < 100:
 		v.limit = share.threshold()
@@ -295,11 +289,27 @@ func (r *Rollout) open(v *ringView, share Percent, life *generation) {
 			v.limit = min(v.limit, v.kept)
 		}
 	case held > 0:
-		in = pack(true, Candidate, ReasonFull, i, 0)
 		v.limit = v.kept
 	default:
+		v.all = true
+	}
+}
+
+// open gives a ring with a share its thresholds and its cells.
+func (r *Rollout) open(v *ringView, share Percent, life *generation) {
+	i := int(v.index)
+	r.limits(v, share)
+	in := pack(true, Candidate, ReasonSplit, i, 0)
+	out := pack(false, Control, ReasonSplit, i, 0)
+	back := out
+	if r.policy.Holdback.threshold() > 0 {
+		back = pack(false, Control, ReasonHoldback, i, 0)
+	}
+	if share >= 100 {
 		in = pack(true, Candidate, ReasonFull, i, 0)
-		out, back, v.all = in, in, true
+	}
+	if v.all {
+		out, back = in, in
 	}
 	v.begun = &[2]atomic.Uint64{}
 	v.open = [4]bits{isHeld: back, isOut: out, isIn: in, isIn + isOut: in}

@@ -384,7 +384,7 @@ func (r *Rollout) addSeries(st *machine.State, in *machine.Input, next map[strin
 		in.Outcomes = append(in.Outcomes, ring)
 	}
 	r.sourced.seen[key] = sums[1]
-	if !closes(sums, alone, in.Now.Sub(r.sourced.closed[key]), true) {
+	if !machine.Closes(sums, alone, in.Now.Sub(r.sourced.closed[key]), true) {
 		return r.sourced.causes[key]
 	}
 	delete(r.sourced.causes, key)

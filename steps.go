@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -13,8 +15,12 @@ import (
 // runSteps runs the steps of a rollback, and undoes what is journalled, until all is done, stuck, another process's to
 // run, or ctx ends. The attempt is stored before it is made. idle: they stand still, because whoever ran them gives no
 // sign of life, or because nobody has a step of the next one's name.
-func (r *Rollout) runSteps(ctx context.Context, idle bool) {
+func (r *Rollout) runSteps(ctx context.Context, idle *rival) {
 	if !r.awaitSessions(ctx) {
+		return
+	}
+	behind, ok := r.awaitOthers(ctx)
+	if !ok {
 		return
 	}
 	for attempt := 0; ctx.Err() == nil; {
@@ -25,9 +31,13 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 		_, err := r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
 			begun, at = false, time.Now()
 			if next, ok := machine.NextStep(s); ok {
+				idle := idle.still(s) // nobody else has taken them over meanwhile
 				if r.canRun(next) || idle {
 					if i := machine.BeginAttempt(s, r.me(), idle); i >= 0 {
 						begun, step = true, s.Steps[i]
+						if s.Behind == nil && len(behind) > 0 {
+							s.Behind = behind
+						}
 					}
 				} else if s.Runner == r.me() {
 					s.Runner = "" // for a process that has it
@@ -46,7 +56,7 @@ func (r *Rollout) runSteps(ctx context.Context, idle bool) {
 		if !begun {
 			return
 		}
-		idle = false // the term is ours, or was lost
+		idle = nil // the term is ours, or was lost
 		end := r.attempt(ctx, st, step, at)
 		if ctx.Err() != nil {
 			end.Stopped = end.Cause != "" // not failed: whoever comes next starts it again
@@ -86,6 +96,50 @@ func (r *Rollout) pause(ctx context.Context) {
 		}
 	}
 }
+
+// awaitOthers waits until every process that has counted something has confirmed the rollback: it serves nobody the
+// candidate any more, and its sessions are over. It does not wait for longer than three ticks, and where somebody has
+// sessions under way, or may have, their grace besides; it returns who has not. It reports whether ctx lasted.
+func (r *Rollout) awaitOthers(ctx context.Context) (behind []string, ok bool) {
+	for waited := time.Duration(0); ; {
+		r.mu.Lock()
+		st := r.known
+		r.mu.Unlock()
+		if !r.shared || st.Live <= 1 || !st.Phase.Latched() || len(st.Steps) == 0 || st.Steps[0].Attempts > 0 {
+			return nil, ctx.Err() == nil
+		}
+		docs, _, err := r.documents(ctx, st)
+		behind = nil
+		limit := r.barrier
+		if err != nil {
+			limit += r.policy.Sessions.Grace
+		}
+		me := ""
+		if own := r.counting.Load(); own != nil {
+			me = *own
+		}
+		for _, inc := range slices.Sorted(maps.Keys(docs)) {
+			d := docs[inc]
+			if _, gone := st.Retired[inc]; !gone && inc != me && d.err == nil && !d.about.Sealed && d.about.Ack == 0 {
+				behind = append(behind, inc)
+				if len(d.about.Open) > 0 {
+					limit = r.barrier + r.policy.Sessions.Grace
+				}
+			}
+		}
+		if err == nil && len(behind) == 0 || waited >= limit || r.barrier == 0 {
+			return behind[:min(len(behind), maxBehind)], true
+		}
+		pause := min(r.o.Interval/4, time.Second) + time.Millisecond
+		if !sleep(ctx, pause) {
+			return nil, false
+		}
+		waited += pause
+	}
+}
+
+// maxBehind bounds how many processes an incident names.
+const maxBehind = 32
 
 // nextStep is the step that this process is to make next as far as it knows, the zero value if none, and how much is waived.
 func (r *Rollout) nextStep() (next machine.StepState, waives int) {

@@ -13,6 +13,9 @@ import (
 
 func (r *Rollout) key() string { return "rollout/" + r.name + "/state" }
 
+// headKey is the key that everybody polls and watches.
+func (r *Rollout) headKey() string { return "rollout/" + r.name + "/head" }
+
 // storeTimeout is for one use of the Store.
 func (r *Rollout) storeTimeout() time.Duration { return max(r.o.Interval, 2*time.Second) }
 
@@ -187,7 +190,7 @@ func (r *Rollout) yields(st *machine.State) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	own := st.Version != r.plan.Version || st.Policy == r.plan.Policy && st.Assignment == r.plan.Assignment
-	return !own && r.ruled && r.now().Sub(r.moved) < r.patience()
+	return !own && r.ruled && (st.Round != r.round || r.now().Sub(r.moved) < r.patience())
 }
 
 // older reports whether state a was left behind by b.
@@ -230,6 +233,8 @@ func (r *Rollout) update(ctx context.Context, f func(*machine.State, machine.Sta
 			r.follow(l.stored, l.standing, nil)
 			return l.st, nil
 		}
+		at := r.now()
+		r.carry(&l, at)
 		landed, err := r.swap(ctx, l.st, l.rev)
 		if err != nil {
 			if ctx.Err() == nil {
@@ -238,8 +243,23 @@ func (r *Rollout) update(ctx context.Context, f func(*machine.State, machine.Sta
 			return nil, fmt.Errorf("%w: %w", ErrNotStored, err)
 		}
 		if landed {
-			r.follow(l.st, l.standing, append(l.events, more...))
+			r.followAt(l.st, l.standing, append(l.events, more...), at)
+			if err := r.project(ctx, l.st); err != nil && ctx.Err() == nil {
+				r.noteStore(err) // whoever evaluates next does it
+			}
 			return l.st, nil
+		}
+	}
+}
+
+// carry keeps the time that a stage was followed and that is not accounted for, where the stage goes on.
+func (r *Rollout) carry(l *look, at time.Time) {
+	switch {
+	case l.stored == nil || l.st.Gen != l.stored.Gen:
+		l.st.Since = 0
+	case l.st.Ver != l.stored.Ver:
+		if l.st.Since = 0; l.stored.Phase == machine.Running && l.st.Phase == machine.Running {
+			l.st.Since = -l.stored.Account(r.followed(l.stored, at))
 		}
 	}
 }
@@ -254,41 +274,208 @@ func same(a, b *machine.State) bool {
 // follow makes a state that is stored the one that decisions follow, unless a newer one is followed already, and tells of
 // the events that led to it.
 func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []machine.Event) {
+	r.followAt(st, standing, events, r.now())
+}
+
+// followAt is follow of a state that was written, or read, at a time.
+func (r *Rollout) followAt(st *machine.State, standing machine.Standing, events []machine.Event, at time.Time) {
 	r.mu.Lock()
+	told := toldSince(r.known, st)
+	if own := len(told) - len(events); own >= 0 {
+		told = told[:own] // what this process has done itself it tells with all there is
+	} else {
+		told = nil
+	}
 	if r.known == nil || !older(st, r.known) {
-		if st.Writer != r.me() && (r.known == nil || st.Round != r.known.Round) {
-			r.adopted = r.now()
+		if r.round != st.Round || r.known == nil || r.known.Gen != st.Gen {
+			r.moved, r.round = r.now(), st.Round
 		}
-		if r.known == nil || r.known.Round != st.Round || r.known.Gen != st.Gen {
-			r.moved = r.now()
-		}
-		r.ruled = r.ruled || standing == machine.Current && st.Policy == r.plan.Policy
-		r.known, r.standing, r.stale = st, standing, false
-		r.calm.Store(st.Phase != machine.Running && st.Phase != machine.Held || !r.plan.Judge.Watchful(&st.Gates))
-		if r.latchAny {
-			r.latch[st.Gen], r.latchAny = true, false
-		}
-		if r.intent != nil {
-			if r.intent.gen == 0 {
-				r.intent.gen = st.Gen
-			}
-			if st.Gen > r.intent.gen || st.Gen == r.intent.gen && st.Phase.Latched() {
-				r.intent = nil
-			}
-		}
-		if st.Phase.Latched() {
-			r.latch[st.Gen] = true
-		}
-		r.publishLocked()
-		r.markLocked(st)
-		r.revokeLocked()
-		r.journal.settle(st)
-		signal(r.turned)
+		r.followLocked(st, standing, at)
 	}
 	r.mu.Unlock()
+	r.retell(st, told)
 	for _, e := range events {
 		r.emit(st, r.event(st, e))
 	}
+}
+
+// toldSince are the events by which a state came about that is newer than the one known.
+func toldSince(known, st *machine.State) []machine.Told {
+	if known == nil || !older(known, st) {
+		return nil
+	}
+	i := slices.IndexFunc(st.Recent, func(t machine.Told) bool { return t.Ver > known.Ver })
+	if i < 0 {
+		return nil
+	}
+	return st.Recent[i:]
+}
+
+// retell hands events of other processes to this one's subscribers. Whose they are has logged them.
+func (r *Rollout) retell(st *machine.State, told []machine.Told) {
+	for _, t := range told {
+		r.emit(nil, r.event(st, t.Event(st.Incident)))
+	}
+}
+
+// followHead makes a head the one that decisions follow, if it is newer.
+func (r *Rollout) followHead(st *machine.State) {
+	r.mu.Lock()
+	if r.known != nil && !older(r.known, st) {
+		r.mu.Unlock()
+		return
+	}
+	told := toldSince(r.known, st)
+	if st.Phase.Latched() && (r.known == nil || !r.known.Phase.Latched()) {
+		r.wakeUp() // to confirm it
+	}
+	if old := r.known; old != nil && old.Gen == st.Gen && old.Nonce == st.Nonce { // the last that is known of what a head is without
+		st = st.Clone()
+		st.Gates, st.Sources, st.Pace = old.Gates, old.Sources, old.Pace
+	}
+	standing := machine.Stands(st, r.plan)
+	if st.Version == r.plan.Version && (st.Policy != r.plan.Policy || st.Assignment != r.plan.Assignment) && r.ruled {
+		standing = machine.Yields(st, r.plan)
+	}
+	r.followLocked(st, standing, r.now())
+	r.mu.Unlock()
+	r.retell(st, told)
+}
+
+func (r *Rollout) followLocked(st *machine.State, standing machine.Standing, at time.Time) {
+	if r.known == nil || r.known.Gen != st.Gen || r.known.Ver != st.Ver {
+		r.since = at
+	}
+	r.ruled = r.ruled || standing == machine.Current && st.Policy == r.plan.Policy
+	r.known, r.standing, r.stale = st, standing, false
+	r.calm.Store(st.Phase != machine.Running && st.Phase != machine.Held || !r.plan.Judge.Watchful(&st.Gates))
+	if r.latchAny {
+		r.latch[st.Gen], r.latchAny = true, false
+	}
+	if r.intent != nil {
+		if r.intent.gen == 0 {
+			r.intent.gen = st.Gen
+		}
+		if st.Gen > r.intent.gen || st.Gen == r.intent.gen && st.Phase.Latched() {
+			r.intent = nil
+		}
+	}
+	if st.Phase.Latched() {
+		r.latch[st.Gen] = true
+	}
+	r.publishLocked()
+	r.sweepLocked(st)
+	r.markLocked(st)
+	r.revokeLocked()
+	r.journal.settle(st)
+	signal(r.turned)
+}
+
+// project brings the head up to a state that is stored.
+func (r *Rollout) project(ctx context.Context, st *machine.State) error {
+	if !r.shared || st == nil {
+		return nil
+	}
+	r.mu.Lock()
+	seen, rev := r.head, r.headRev
+	r.mu.Unlock()
+	for range 4 {
+		if seen != nil && !older(seen, st) {
+			return nil
+		}
+		head := st.Head(r.plan)
+		value, err := head.Encode()
+		if err != nil {
+			return err
+		}
+		now, swapped, err := r.put(ctx, r.headKey(), rev, value)
+		if err == nil && swapped {
+			r.mu.Lock()
+			r.head, r.headRev = head, now
+			r.mu.Unlock()
+			return nil
+		}
+		if seen, rev, err = r.loadHead(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loadHead reads the head; nil if there is none.
+func (r *Rollout) loadHead(ctx context.Context) (*machine.State, uint64, error) {
+	value, rev, err := r.get(ctx, r.headKey())
+	if err != nil {
+		return nil, 0, err
+	}
+	r.mu.Lock()
+	head, was := r.head, r.headRev
+	r.mu.Unlock()
+	if rev == 0 || rev == was {
+		if rev == 0 {
+			head = nil
+		}
+		return head, rev, nil
+	}
+	if head, err = machine.Decode(r.name, value); err != nil {
+		return nil, 0, fmt.Errorf("%s: %w", r.headKey(), err)
+	}
+	r.mu.Lock()
+	r.head, r.headRev = head, rev
+	r.mu.Unlock()
+	return head, rev, nil
+}
+
+// refresh follows what others, or a verb, have stored. The head is enough, but where steps are to be run, where this
+// process's first document is not counted for certain, and where the head is behind.
+func (r *Rollout) refresh(ctx context.Context) error {
+	r.mu.Lock()
+	known := r.known
+	r.mu.Unlock()
+	var head *machine.State
+	if r.shared {
+		var err error
+		if head, _, err = r.loadHead(ctx); err != nil {
+			return err
+		}
+		if head != nil && known != nil { // who knows nothing looks at what decides
+			r.followHead(head)
+		}
+	}
+	r.mu.Lock()
+	now := r.known
+	r.mu.Unlock()
+	_, steps := machine.NextStep(now)
+	p := &r.pub
+	unconfirmed := p.acked != nil && !p.confirmed
+	behind := head == nil || known == nil || older(head, known)
+	if !steps && !unconfirmed && !behind && r.standingNow() != machine.Follower {
+		return nil
+	}
+	st, _, err := r.load(ctx)
+	switch {
+	case err != nil:
+		return err
+	case known != nil && (st == nil || older(st, known)):
+		return r.travelled(ctx)
+	case st == nil:
+		return nil
+	}
+	r.confirm(st)
+	standing := machine.Stands(st, r.plan)
+	if r.yields(st) {
+		standing = machine.Yields(st, r.plan)
+	}
+	if now == nil || older(now, st) || !older(st, now) && (st.Round != now.Round || st.Term != now.Term || st.Beat != now.Beat) {
+		r.follow(st, standing, nil)
+	}
+	return r.project(ctx, st)
+}
+
+func (r *Rollout) standingNow() machine.Standing {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.standing
 }
 
 // latchedLocked reports whether this process must not expose the candidate of the state, as it stands to it.
@@ -297,7 +484,7 @@ func (r *Rollout) latchedLocked(st *machine.State) bool {
 	if r.standing == machine.Done {
 		gen = r.ownGenLocked(st)
 	}
-	return r.latch[gen] || r.latchAny
+	return r.latch[gen] || r.latchAny || st.Gen == r.fork.gen && st.Epoch <= r.fork.epoch
 }
 
 // ownGenLocked is the generation of this process's version, where it serves an earlier one's.
@@ -344,8 +531,23 @@ func (r *Rollout) publishLocked() {
 		}
 		r.openLocked(s.leashLocked())
 	} else {
-		r.openLocked(r.newSnapshot(st).leashLocked())
+		s := r.snapshotLocked(st.Gen, st.Epoch, st.Version)
+		if s == nil {
+			s = r.newSnapshot(st).leashLocked()
+		}
+		r.openLocked(s)
 	}
+}
+
+// snapshotLocked is the snapshot that was made of an epoch before something else was answered meanwhile; nil if there is
+// none. An epoch has one set of cells, whatever comes in between.
+func (r *Rollout) snapshotLocked(gen, epoch uint64, version string) *snapshot {
+	for _, l := range r.ledgers {
+		if l.snap.gen == gen && l.snap.epoch == epoch && l.snap.version == version {
+			return l.snap
+		}
+	}
+	return nil
 }
 
 // snapKey names what a snapshot was made of.
@@ -358,34 +560,47 @@ type snapKey struct {
 // maxLedgers bounds the epochs whose evidence waits to be consumed.
 const maxLedgers = 32
 
-// openLocked makes s what decisions see. The evidence of the epoch before still comes in; what is older only waits to be
-// consumed. That of another generation, or of a candidate that is rolled back or completed, counts no more.
+// openLocked makes s what decisions see. The evidence of the epoch before still comes in; what is older, or of a candidate
+// that is rolled back or completed, is what it is: what was once published must not become less. That of another generation
+// counts no more.
 func (r *Rollout) openLocked(s *snapshot) {
 	counts := r.known != nil && (r.known.Phase == machine.Running || r.known.Phase == machine.Held) && !r.latchedLocked(r.known)
 	var keep []*ledger
+	var again *ledger
+	r.ledgers = slices.DeleteFunc(slices.Clone(r.ledgers), func(l *ledger) bool {
+		if l.snap == s {
+			again = l
+		}
+		return l.snap == s
+	})
 	for i, l := range r.ledgers {
-		if !counts || l.snap.gen != r.known.Gen || len(r.ledgers)-i >= maxLedgers {
+		if r.known == nil || l.snap.gen != r.known.Gen || len(r.ledgers)-i >= maxLedgers {
 			r.retireLocked(l)
 			continue
 		}
-		if i < len(r.ledgers)-1 {
+		if !counts || i < len(r.ledgers)-1 {
 			l.snap.over.Store(true)
 		}
 		keep = append(keep, l)
 	}
-	if !s.never {
-		keep = append(keep, newLedger(s, r.now()))
+	switch {
+	case again != nil:
+		s.over.Store(false)
+		keep = append(keep, again)
+	case !s.never:
+		keep = append(keep, newLedger(s))
 	}
 	r.ledgers = keep
 	r.showLocked(s)
 }
 
-// sweep drops the ledgers that nothing comes into any more, once they are consumed.
-func (r *Rollout) sweep(consumed []*ledger) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+// sweepLocked drops the ledgers whose evidence counts no more.
+func (r *Rollout) sweepLocked(st *machine.State) {
+	if !slices.ContainsFunc(r.ledgers, func(l *ledger) bool { return l.snap.gen == st.Gen && l.snap.epoch < st.Oldest }) {
+		return
+	}
 	r.ledgers = slices.DeleteFunc(slices.Clone(r.ledgers), func(l *ledger) bool {
-		if !l.snap.over.Load() || !slices.Contains(consumed, l) {
+		if l.snap.gen != st.Gen || l.snap.epoch >= st.Oldest {
 			return false
 		}
 		r.retireLocked(l)

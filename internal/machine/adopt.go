@@ -1,7 +1,6 @@
 package machine
 
 import (
-	"maps"
 	"slices"
 	"time"
 )
@@ -26,20 +25,12 @@ func (m *move) generation(nonce, note string) {
 		at = len(versions) - 1
 	}
 	versions[at] = VersionEntry{Version: p.Version, Gen: m.Gen + 1, Starts: versions[at].Starts}
-	cursors := m.Cursors
-	if len(cursors) > 0 {
-		cursors = maps.Clone(cursors)
-		for inc, c := range cursors {
-			c.Open = nil // of a generation that counts no more
-			cursors[inc] = c
-		}
-	}
 	*m.State = State{
 		Format: Format, Name: m.Name,
 		Gen: m.Gen + 1, Nonce: nonce, Ver: m.Ver + 1, Epoch: m.Epoch, Round: m.Round, Term: m.Term,
 		Version: p.Version, Versions: versions,
 		Policy: p.Policy, Assignment: p.Assignment, Undoes: p.Steps, Salt: p.Salt, Holdback: p.Holdback,
-		Notes: m.Notes, Cursors: cursors, Retired: m.Retired,
+		Notes: m.Notes, Recent: m.Recent, Live: m.Live,
 		Effects: p.Undoes || m.Effects && m.Settled < m.Gen, Settled: m.Settled, Steps: m.undoing(), Waives: m.unsettled(),
 	}
 	if seen { // a candidate that was judged before is judged again: its bound pays for both

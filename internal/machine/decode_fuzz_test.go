@@ -19,7 +19,7 @@ func fixedPlan(tb testing.TB) *Plan {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	p := &Plan{Version: "v", Judge: j, Rings: []string{"staff", "everyone"}, Tick: tick, OnDeadline: judge.Hold, Policy: "p", Assignment: "a", Steps: []string{"one"}}
+	p := &Plan{Version: "v", Judge: j, Rings: []string{"staff", "everyone"}, Tick: tick, Keep: 1000, OnDeadline: judge.Hold, Policy: "p", Assignment: "a", Steps: []string{"one"}}
 	for i, st := range []Stage{{StageRef: StageRef{Ring: "staff", Percent: 50}}, {StageRef: StageRef{Ring: "everyone", Percent: 10}, Over: time.Minute}, {StageRef: StageRef{Ring: "everyone", Percent: 100}, Last: true}} {
 		st.Name = string(rune('a' + i))
 		st.Bake, st.Deadline, st.Control, st.Armed = time.Minute, time.Hour, true, []bool{true, true, true, true}

@@ -16,7 +16,7 @@ func TestEncodeTooLarge(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &Plan{Version: "v", Judge: j, OnDeadline: judge.Hold, Policy: "p", Assignment: "a", Tick: tick, Steps: []string{"undo"}}
+	p := &Plan{Version: "v", Judge: j, OnDeadline: judge.Hold, Policy: "p", Assignment: "a", Tick: tick, Keep: 1000, Steps: []string{"undo"}}
 	for i := range 64 {
 		p.Rings = append(p.Rings, fmt.Sprintf("ring-%02d-%s", i, strings.Repeat("x", 100)))
 	}
@@ -44,7 +44,7 @@ func TestEncodeTooLarge(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := New("x", p, "n")
 			Step(s, p, Input{Now: epoch0, MayAdvance: true})
-			s.Consume("one", 7, nil)
+			s.Cursors = map[string]Cursor{"one": {Seq: 7}}
 			for _, f := range grow {
 				f(s)
 			}
@@ -67,7 +67,7 @@ func TestEncodeTooLarge(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got.Phase != RollingBack || got.Gen != s.Gen || got.Ver != s.Ver || got.Epoch != s.Epoch || len(got.Steps) != 1 ||
-				got.Incident == nil || got.Incident.Note != "stop" || !got.Consumed("one", 7) || maxShare(got.Shares) != 0 {
+				got.Incident == nil || got.Incident.Note != "stop" || got.Cursors["one"].Seq != 7 || maxShare(got.Shares) != 0 {
 				t.Errorf("stored is %+v", got)
 			}
 			if n := len(got.History); n == 0 || n >= changes && changes > 1 && name != "memory" || got.History[n-1].Epoch != s.History[changes-1].Epoch {

@@ -6,49 +6,46 @@ import (
 
 	"github.com/stagedrollout/rollout/internal/evidence"
 	"github.com/stagedrollout/rollout/internal/judge"
+	"github.com/stagedrollout/rollout/internal/tally"
 )
 
 // What a process had begun and not ended when it died is a failure of the cohort it was begun in: a crash leaves nothing
 // else behind.
 
-// Count is how much work that is.
-func (o Open) Count() (candidate, control uint64) { return total(o.Candidate), total(o.Control) }
-
-func total(xs []uint64) uint64 {
-	n := uint64(0)
-	for _, x := range xs {
-		n += x
-	}
-	return n
-}
-
 // checkOpen finds what no writer of this package would have written.
 func checkOpen(all []Open) error {
 	for _, o := range all {
-		for _, by := range [][]uint64{o.Candidate, o.Control} {
-			if len(by) != 0 && len(by) != evidence.Groups || slices.ContainsFunc(by, func(n uint64) bool { return n > 1<<40 }) {
-				return fmt.Errorf("the open work of %q cannot be", o.Ring)
-			}
+		if !o.Valid() {
+			return fmt.Errorf("the open work of %q cannot be", o.Ring)
 		}
 	}
 	return nil
 }
 
-// bury takes what dead incarnations had open as lost. None is taken twice: a retired one has no cursor any more, and a
-// process that finds itself retired goes on as another incarnation.
-func (m *move) bury(dead []string) {
-	for _, inc := range dead {
-		c, ok := m.Cursors[inc]
-		if !ok {
+// bury folds the documents of incarnations that are sealed: what was consumed of them is not expected any more, and the
+// work that they had open is lost. None is buried twice: a retired one has no cursor, and its document is not read any more.
+func (m *move) bury(dead []*tally.Doc) {
+	for _, d := range dead {
+		if _, twice := m.Retired[d.Inc]; twice {
 			continue
 		}
-		delete(m.Cursors, inc)
-		if m.Retired == nil {
-			m.Retired = map[string]Cursor{}
+		m.retire(d.Inc, Cursor{Seq: d.Seq, Round: m.Round, Birth: d.Birth})
+		for i := range d.Series {
+			s := &d.Series[i]
+			if s.Epoch < m.Oldest {
+				continue
+			}
+			t := m.Consumed[s.Key]
+			if t == nil {
+				t = &tally.Taken{Counts: tally.NewCounts(s.Cells), Closed: int64(m.Clock)}
+			}
+			if m.Consumed == nil {
+				m.Consumed = tally.Ledger{}
+			}
+			m.Consumed[s.Key] = t.Less(s)
 		}
-		m.Retired[inc] = Cursor{Seq: c.Seq, Round: m.Round}
 		candidate, control := uint64(0), uint64(0)
-		for _, o := range c.Open {
+		for _, o := range d.Open {
 			if o.Gen != m.Gen || slices.Contains(m.Rings, o.Ring) || m.p.ring(o.Ring) < 0 {
 				continue
 			}
@@ -57,9 +54,24 @@ func (m *move) bury(dead []string) {
 			m.lose(o)
 		}
 		if candidate+control > 0 {
-			m.event(Event{Kind: WorkLost, Note: fmt.Sprintf("%s died with %d sessions of the candidate and %d of the control", inc, candidate, control)})
+			m.event(Event{Kind: WorkLost, Note: fmt.Sprintf("%s died with %d sessions of the candidate and %d of the control", d.Inc, candidate, control)})
 		}
 	}
+	for inc, c := range m.Retired {
+		if m.Round > c.Round+m.p.Keep {
+			delete(m.Retired, inc)
+			m.Floor = max(m.Floor, c.Birth+1)
+		}
+	}
+}
+
+// retire notes that the document of an incarnation is never read again.
+func (m *move) retire(inc string, c Cursor) {
+	delete(m.Cursors, inc)
+	if m.Retired == nil {
+		m.Retired = map[string]Cursor{}
+	}
+	m.Retired[inc] = c
 }
 
 // lose adds to what is lost.

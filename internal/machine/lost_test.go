@@ -8,6 +8,7 @@ import (
 
 	"github.com/stagedrollout/rollout/internal/evidence"
 	"github.com/stagedrollout/rollout/internal/judge"
+	"github.com/stagedrollout/rollout/internal/tally"
 )
 
 // TestForget: a history that was cut never says less than the whole one: at any time what is left has no smaller share.
@@ -54,30 +55,33 @@ func TestMourn(t *testing.T) {
 		by[group] = n
 		return by
 	}
-	s.Consume("a", 3, []Open{{Ring: "staff", Gen: s.Gen, Candidate: lost(5, 4), Control: lost(6, 1)}, {Ring: "everyone", Gen: s.Gen, Candidate: lost(7, 2)}})
-	s.Consume("b", 9, []Open{{Ring: "staff", Gen: s.Gen, Candidate: lost(5, 3)}, {Ring: "staff", Gen: s.Gen + 1, Candidate: lost(5, 100)}})
-	s.Consume("c", 1, nil)
-	events := Step(s, p, Input{Now: epoch0, Dead: []string{"a", "b", "nobody"}})
+	doc := func(inc string, seq uint64, open ...Open) *tally.Doc {
+		return &tally.Doc{About: tally.About{Inc: inc, Seq: seq, Birth: 1, Sealed: true, Open: open}}
+	}
+	a := doc("a", 3, Open{Ring: "staff", Gen: s.Gen, Candidate: lost(5, 4), Control: lost(6, 1)}, Open{Ring: "everyone", Gen: s.Gen, Candidate: lost(7, 2)})
+	b := doc("b", 9, Open{Ring: "staff", Gen: s.Gen, Candidate: lost(5, 3)}, Open{Ring: "staff", Gen: s.Gen + 1, Candidate: lost(5, 100)})
+	s.Cursors = map[string]Cursor{"a": {Seq: 3}, "b": {Seq: 9}, "c": {Seq: 1}}
+	events := Step(s, p, Input{Now: epoch0, Dead: []*tally.Doc{a, b}})
 	if len(events) != 2 || events[0].Kind != WorkLost {
 		t.Fatalf("%+v", events)
 	}
-	if _, there := s.Cursors["a"]; there || !s.Consumed("a", 3) || s.Consumed("a", 4) || len(s.Retired) != 2 || !s.Consumed("c", 1) {
+	if len(s.Cursors) != 1 || s.Retired["a"].Seq != 3 || s.Retired["b"].Seq != 9 || len(s.Retired) != 2 {
 		t.Errorf("%+v, %+v", s.Cursors, s.Retired)
 	}
 	again := s.Clone()
-	Step(again, p, Input{Now: epoch0, Dead: []string{"a", "b"}})
+	Step(again, p, Input{Now: epoch0, Dead: []*tally.Doc{a, b}})
 	if candidate, control := again.Lost[0].Count(); candidate != 7 || control != 1 {
 		t.Errorf("dead twice: %d, %d", candidate, control)
 	}
-	tally := func() judge.Estimate {
+	total := func() judge.Estimate {
 		return p.Judge.Assess(&s.Gates, nil)[0].Candidate
 	}
 	Step(s, p, Input{Now: epoch0, Blocks: []Block{block(s, "staff", 50, 1, 50, 1)}})
-	if got := tally(); got.N != 57 || got.Events != 8 {
+	if got := total(); got.N != 57 || got.Events != 8 {
 		t.Errorf("staff's block: %+v", got)
 	}
 	Step(s, p, Input{Now: epoch0, Blocks: []Block{block(s, "staff", 50, 1, 50, 1)}})
-	if got := tally(); got.N != 107 || got.Events != 9 {
+	if got := total(); got.N != 107 || got.Events != 9 {
 		t.Errorf("the next one: %+v", got)
 	}
 	if len(s.Lost) != 1 || s.Lost[0].Ring != "everyone" {

@@ -32,7 +32,7 @@ func drawPlan(t *rapid.T, version string) *Plan {
 		t.Fatal(err)
 	}
 	p := &Plan{
-		Version: version, Judge: j, Rings: []string{"staff", "beta", "everyone"}, Tick: tick,
+		Version: version, Judge: j, Rings: []string{"staff", "beta", "everyone"}, Tick: tick, Keep: 1000,
 		OnDeadline: rapid.SampledFrom([]judge.Action{judge.Hold, judge.Rollback}).Draw(t, "deadline"),
 		Policy:     "p", Assignment: "a",
 	}

@@ -24,6 +24,7 @@ type Plan struct {
 	Undoes     bool         // effects of the candidate may be journalled, and are undone
 	Judge      *judge.Judge
 	Tick       time.Duration // between two evaluations
+	Keep       uint64        // rounds in which it is remembered that an incarnation is retired; all that were born before, and have no cursor, are then
 }
 
 // Stage is one rung of the ladder.

@@ -15,6 +15,9 @@ func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State,
 	s := stored.Clone()
 	if stored.Gen < known.Gen || Raises(known, stored) || known.Phase.Latched() {
 		s = known.Clone()
+		if stored.Gen == known.Gen {
+			s.Gates = stored.Gates.Clone() // what is known may be a head alone
+		}
 	}
 	m := move{State: s, p: p, now: now}
 	s.Gen, s.Ver = max(stored.Gen, known.Gen), max(stored.Ver, known.Ver)+1
@@ -26,7 +29,9 @@ func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State,
 		}
 	}
 	s.Nonce = nonce
-	s.Cursors, s.Lost = nil, nil
+	// A clean cut: no document of before is read again, and every process begins to count anew.
+	s.Consumed, s.Cursors, s.Retired, s.Lost = nil, nil, nil, nil
+	s.Oldest, s.Floor, s.Since, s.Marks = 0, 0, 0, nil
 	if stored.Gen == known.Gen {
 		for _, ring := range slices.Concat(stored.Rings, known.Rings) {
 			if !slices.Contains(s.Rings, ring) {

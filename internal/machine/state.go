@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/judge"
+	"github.com/stagedrollout/rollout/internal/tally"
 )
 
 // Format is the version of the state document that this package writes. It reads no newer one.
@@ -113,10 +114,22 @@ type State struct {
 	Exposed  bool           `json:"exposed,omitempty"`  // some share of this generation was above zero
 	StepBack map[string]int `json:"stepBack,omitempty"` // how often the stage of that name was stepped back to
 
-	Cursors map[string]Cursor `json:"cursors,omitempty"` // evidence consumed, by incarnation
-	Retired map[string]Cursor `json:"retired,omitempty"` // of incarnations that were found dead, by the round in which
-	Lost    []Open            `json:"lost,omitempty"`    // work that died with them, until a block takes it as failures
-	Sources map[string]Totals `json:"sources,omitempty"` // evidence consumed of metrics measured elsewhere, by metric and ring
+	Clock time.Duration `json:"clock,omitempty"` // of this generation, time held with it: a lower bound
+	Since time.Duration `json:"since,omitempty"` // accounted for since this Ver was written, see [State.Account]
+
+	Consumed tally.Ledger      `json:"consumed,omitempty"` // evidence, of all incarnations together
+	Oldest   uint64            `json:"oldest,omitempty"`   // epoch whose evidence still counts
+	Cursors  map[string]Cursor `json:"cursors,omitempty"`  // up to which cut, by incarnation
+	Retired  map[string]Cursor `json:"retired,omitempty"`  // incarnations whose documents are folded, and never read again
+	Floor    uint64            `json:"floor,omitempty"`    // incarnations born before this round that have no cursor are long dead
+	Live     int               `json:"live,omitempty"`     // incarnations that count
+	Lost     []Open            `json:"lost,omitempty"`     // work that died with its process, until a block takes it as failures
+	Sources  map[string]Totals `json:"sources,omitempty"`  // evidence consumed of metrics measured elsewhere, by metric and ring
+
+	// In a head alone, of the gates that it is without: thresholds of timings by metric and ring, and how long the control's
+	// slowest outcomes take, by ring.
+	Marks map[string]map[string][][2]int `json:"marks,omitempty"`
+	Slow  map[string]time.Duration       `json:"slow,omitempty"`
 
 	Pace map[string]Pace `json:"pace,omitempty"` // of outcomes lately, by metric
 
@@ -135,7 +148,10 @@ type State struct {
 	Effects bool   `json:"effects,omitempty"` // effects may be journalled, of this generation or of one before it
 	Settled uint64 `json:"settled,omitempty"` // effects of generations up to this one are undone, or are to stay, but for those of Steps
 
+	Behind []string `json:"behind,omitempty"` // processes that had not confirmed the rollback when its first step was made
+
 	Incident *Incident `json:"incident,omitempty"`
+	Recent   []Told    `json:"recent,omitempty"`  // the last events, for processes that follow, the newest last
 	History  []Change  `json:"history,omitempty"` // of this generation's shares, newest last
 	Notes    []Note    `json:"notes,omitempty"`   // of operators, newest last
 
@@ -145,18 +161,13 @@ type State struct {
 
 // Cursor is how far the evidence of one incarnation was consumed.
 type Cursor struct {
-	Seq   uint64 `json:"seq"`            // of its last cut
-	Round uint64 `json:"round"`          // in which it last moved
-	Open  []Open `json:"open,omitempty"` // work it had begun and not ended
+	Seq   uint64 `json:"seq"`             // of its last cut
+	Round uint64 `json:"round"`           // in which it last moved, or was retired
+	Birth uint64 `json:"birth,omitempty"` // round in which it began
 }
 
-// Open is work of one ring that was begun and not ended, by cohort and group of units. Its slices never change.
-type Open struct {
-	Ring      string   `json:"ring"`
-	Gen       uint64   `json:"gen"`
-	Candidate []uint64 `json:"candidate,omitempty"`
-	Control   []uint64 `json:"control,omitempty"`
-}
+// Open is work of one ring that was begun and not ended.
+type Open = tally.Open
 
 // Pace is how fast outcomes have come lately, for people: nothing is decided on it. What is older counts for less. The
 // zero value has seen nothing.
@@ -205,24 +216,6 @@ type Totals struct {
 	Epoch  uint64       `json:"epoch"`
 	Values [2][]float64 `json:"values"`
 	Resets uint64       `json:"resets,omitempty"` // how often they were taken up anew, because the counters had fallen
-}
-
-// keepCursors is how many rounds a cursor that does not move is kept.
-const keepCursors = 1000
-
-// Consume notes that the evidence of an incarnation was consumed up to cut seq, and what work it has open then.
-func (s *State) Consume(incarnation string, seq uint64, open []Open) {
-	if s.Cursors == nil {
-		s.Cursors = map[string]Cursor{}
-	}
-	s.Cursors[incarnation] = Cursor{Seq: seq, Round: s.Round, Open: open}
-	maps.DeleteFunc(s.Cursors, func(_ string, c Cursor) bool { return s.Round > c.Round+keepCursors })
-	maps.DeleteFunc(s.Retired, func(_ string, c Cursor) bool { return s.Round > c.Round+keepCursors })
-}
-
-// Consumed reports whether cut seq of an incarnation was consumed.
-func (s *State) Consumed(incarnation string, seq uint64) bool {
-	return max(s.Cursors[incarnation].Seq, s.Retired[incarnation].Seq) >= seq
 }
 
 // VersionEntry is one version the rollout has had.
@@ -292,6 +285,33 @@ type Change struct {
 	All    bool               `json:"all,omitempty"` // also units that are held back: Completed
 }
 
+// Told is an event as it is remembered for others.
+type Told struct {
+	Ver   uint64 `json:"ver"` // in which it happened
+	Kind  Kind   `json:"kind"`
+	Stage string `json:"stage,omitempty"`
+	Ring  string `json:"ring,omitempty"`
+	Gate  string `json:"gate,omitempty"`
+	Note  string `json:"note,omitempty"`
+	From  Phase  `json:"from"`
+	To    Phase  `json:"to"`
+}
+
+// Event is what was told.
+func (t Told) Event(in *Incident) Event {
+	e := Event{Kind: t.Kind, Stage: t.Stage, Ring: t.Ring, Gate: t.Gate, Note: t.Note, From: t.From, To: t.To}
+	if t.Kind == RollbackBegan || t.Kind == RollbackStuck || t.Kind == RollbackDone || t.Kind == RingRolledBack {
+		e.Incident = in
+	}
+	return e
+}
+
+// What is remembered of events.
+const (
+	maxRecent     = 8
+	maxRecentNote = 200
+)
+
 // Note is what an operator did, and why.
 type Note struct {
 	At   time.Time `json:"at"`
@@ -327,6 +347,7 @@ func (s *State) Clone() *State {
 	c.Shares, c.Set, c.Reach = maps.Clone(s.Shares), maps.Clone(s.Set), maps.Clone(s.Reach)
 	c.Rings = slices.Clone(s.Rings)
 	c.StepBack = maps.Clone(s.StepBack)
+	c.Consumed = maps.Clone(s.Consumed) // the values inside never change
 	c.Cursors, c.Retired, c.Lost = maps.Clone(s.Cursors), maps.Clone(s.Retired), slices.Clone(s.Lost)
 	c.Pace = maps.Clone(s.Pace)
 	c.Sources = maps.Clone(s.Sources) // the values inside never change
@@ -335,6 +356,7 @@ func (s *State) Clone() *State {
 	c.Steps, c.Waives = slices.Clone(s.Steps), slices.Clone(s.Waives)
 	c.History = slices.Clone(s.History) // the maps inside never change
 	c.Notes = slices.Clone(s.Notes)
+	c.Recent = slices.Clone(s.Recent)
 	if s.Hold != nil {
 		h := *s.Hold
 		c.Hold = &h
@@ -418,7 +440,7 @@ func (s *State) check(name string) error {
 		return errors.New("gen, ver or epoch is zero")
 	case len(s.Versions) == 0:
 		return errors.New("it has had no version")
-	case s.Elapsed < 0 || s.Baked < 0 || s.Quiet < 0:
+	case s.Elapsed < 0 || s.Baked < 0 || s.Quiet < 0 || s.Clock < 0 || s.Live < 0:
 		return errors.New("a duration is negative")
 	case !(s.Holdback >= 0 && s.Holdback < 100):
 		return fmt.Errorf("holdback is %v", s.Holdback)
@@ -446,11 +468,6 @@ func (s *State) check(name string) error {
 	}
 	if err := checkOpen(s.Lost); err != nil {
 		return err
-	}
-	for _, c := range s.Cursors {
-		if err := checkOpen(c.Open); err != nil {
-			return err
-		}
 	}
 	return s.Gates.Check()
 }

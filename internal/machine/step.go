@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/judge"
+	"github.com/stagedrollout/rollout/internal/tally"
 )
 
 // Kind says what happened.
@@ -35,6 +36,7 @@ const (
 	WentBack                       // the store was set back; what was known is joined with it
 	StepWaived                     // an operator's word stands for a rollback step
 	WorkLost                       // a process died with work that it had begun
+	EvidenceLost                   // what a process had counted cannot be read any more
 )
 
 // Event is one thing that happened in a step or by a verb.
@@ -63,7 +65,7 @@ type Breach struct {
 // Input is what one evaluation sees.
 type Input struct {
 	Now        time.Time     // for people: decides nothing
-	Elapsed    time.Duration // since the last step, by the caller's own monotonic clock
+	Elapsed    time.Duration // not accounted for yet, see [State.Account]
 	Blocks     []Block       // each given once, oldest epoch first
 	Outcomes   []string      // rings in which candidate outcomes of the present epoch arrived since the last step
 	Breaches   []Breach      // each given once
@@ -71,7 +73,8 @@ type Input struct {
 	Rationales map[string][]string  // of the candidate's observations, by metric: for the incident of a broken gate
 	MayAdvance bool                 // no share is raised otherwise
 	Sources    map[string]Totals    // where the sources' totals are once Blocks are consumed; nil: as before
-	Dead       []string             // incarnations that gave no sign of life for long
+	Dead       []*tally.Doc         // sealed documents, which Blocks have been taken of as well
+	Lost       []string             // incarnations whose documents cannot be read, see [Rebase]
 	Units      map[string][2]uint64 // that came, by ring, of the control and of the candidate: for an incident
 }
 
@@ -90,6 +93,7 @@ func New(name string, p *Plan, nonce string) *State {
 func Step(s *State, p *Plan, in Input) []Event {
 	m := move{State: s, p: p, now: in.Now, rationales: in.Rationales, units: in.Units}
 	s.Round++
+	s.Clock += p.passed(in.Elapsed)
 	if in.Sources != nil {
 		s.Sources = in.Sources
 	}
@@ -106,16 +110,21 @@ func Step(s *State, p *Plan, in Input) []Event {
 	default:
 		return nil
 	}
+	m.bury(in.Dead)
+	for _, inc := range in.Lost {
+		c := m.Cursors[inc]
+		m.retire(inc, Cursor{Seq: c.Seq, Round: m.Round, Birth: c.Birth})
+		m.event(Event{Kind: EvidenceLost, Note: "the evidence of " + clip(inc) + " cannot be read; what it had counted and was not judged is given up"})
+	}
 	if s.Stage == (StageRef{}) { // held before it ever ran
-		return nil
+		return m.events
 	}
 	i := p.find(s.Stage)
 	if i < 0 { // no writer of this package leaves it so
 		m.edited("")
 		return m.events
 	}
-	m.pace(min(max(in.Elapsed, 0), 13*p.Tick), in.Blocks)
-	m.bury(in.Dead)
+	m.pace(p.passed(in.Elapsed), in.Blocks)
 	m.consume(i, in)
 	results := p.Judge.Verdicts(&s.Gates, in.Checks)
 	m.forget(results)
@@ -154,6 +163,11 @@ func (m *move) event(e Event) {
 	}
 	m.Ver++
 	m.events = append(m.events, e)
+	note := e.Note
+	if len(note) > maxRecentNote {
+		note = strings.ToValidUTF8(note[:maxRecentNote], "")
+	}
+	m.Recent = append(slices.Clone(m.Recent[max(0, len(m.Recent)-maxRecent+1):]), Told{m.Ver, e.Kind, e.Stage, e.Ring, e.Gate, note, e.From, e.To})
 }
 
 // phase changes the phase; the next event tells.
@@ -418,7 +432,7 @@ func (m *move) rollback(in *Incident) {
 	from := m.Phase
 	m.Incident = in
 	rings := m.undoing()
-	m.Steps, m.Set, m.Lost = nil, nil, nil
+	m.Steps, m.Set, m.Lost, m.Behind = nil, nil, nil, nil
 	m.Versions = slices.Clone(m.Versions)
 	for i := range m.Versions {
 		if m.Versions[i].Gen == m.Gen {
@@ -484,8 +498,7 @@ func (m *move) rollbackRing(ring string, in *Incident) {
 // when it ends, with no more than a tenth of the bake and no more than twelve ticks.
 func (m *move) pass(i int, in Input) {
 	st := &m.p.Stages[i]
-	// What is more than a checkpoint's time was an outage of the store, a suspended machine or a clock that jumped.
-	passed := min(max(in.Elapsed, 0), 13*m.p.Tick)
+	passed := m.p.passed(in.Elapsed)
 	m.Elapsed += passed
 	m.Quiet += passed
 	if !slices.ContainsFunc(in.Outcomes, func(ring string) bool { return m.reached(ring, st) }) {

@@ -120,7 +120,7 @@ func (r *reader) byte() byte {
 }
 
 func (r *reader) text(what string) string {
-	n := r.uint(maxText, "the length of "+what)
+	n := r.uint(maxText, "the length of a text")
 	if n > uint64(len(r.b)) {
 		r.fail("%s ends too soon", what)
 		return ""
@@ -139,7 +139,11 @@ func (r *reader) vector(dst []uint64, most uint64) {
 			return
 		}
 		n, used := uint64(b[0]), 1
-		if n >= 0x80 {
+		switch {
+		case n < 0x80:
+		case len(b) > 1 && b[1] < 0x80: // most others
+			n, used = n&0x7f|uint64(b[1])<<7, 2
+		default:
 			if n, used = binary.Uvarint(b); used <= 0 || n > most {
 				r.fail("a count cannot be read")
 				return
@@ -166,6 +170,47 @@ func (r *reader) key() Key {
 	k := Key{Epoch: r.uint(1<<63, "an epoch")}
 	k.Ring, k.Metric = r.text("a ring"), r.text("a metric")
 	k.Cells = int(r.uint(maxCells, "a number of cells"))
+	return k
+}
+
+// skipText reads a text and makes none of it.
+func (r *reader) skipText(what string) {
+	n := r.uint(maxText, "the length of a text")
+	if n > uint64(len(r.b)) {
+		r.fail("%s ends too soon", what)
+		return
+	}
+	r.b = r.b[n:]
+}
+
+// keyed is a key and how it is written.
+type keyed struct {
+	raw []byte
+	key Key
+}
+
+// keyAt is key of the i-th series of a document. Documents of one rollout mostly have the same keys in the same order: what
+// was read before is not read again.
+func (r *reader) keyAt(i int, known *[]keyed) Key {
+	if known == nil {
+		return r.key()
+	}
+	from := *r
+	r.uint(1<<63, "an epoch")
+	r.skipText("a ring")
+	r.skipText("a metric")
+	r.uint(maxCells, "a number of cells")
+	if r.err != nil {
+		return Key{}
+	}
+	raw := from.b[:len(from.b)-len(r.b)]
+	if i < len(*known) && string((*known)[i].raw) == string(raw) {
+		return (*known)[i].key
+	}
+	k := from.key()
+	if i == len(*known) {
+		*known = append(*known, keyed{slices.Clone(raw), k})
+	}
 	return k
 }
 
@@ -212,16 +257,16 @@ func (r *reader) about() About {
 }
 
 // series calls each with the key of every series and its events, and adds the counts to what it returns.
-func (r *reader) series(each func(Key, uint64) Counts) {
+func (r *reader) series(known *[]keyed, each func(Key, uint64) Counts) {
 	cells := 0
 	var last Key
 	for i := range r.uint(maxSeries, "a number of series") {
-		k := r.key()
+		k := r.keyAt(int(i), known)
 		events := r.uint(maxCount, "a number of events")
 		if cells += k.Cells; cells > maxAll {
 			r.fail("it has too many cells")
 		}
-		if i > 0 && r.err == nil && last.compare(k) >= 0 {
+		if i > 0 && r.err == nil && last.Compare(k) >= 0 {
 			r.fail("its series are not in order")
 		}
 		if r.err != nil {
@@ -247,7 +292,7 @@ func Decode(b []byte) (*Doc, error) {
 		return nil, err
 	}
 	d := &Doc{About: r.about()}
-	r.series(func(k Key, events uint64) Counts {
+	r.series(nil, func(k Key, events uint64) Counts {
 		s := Series{Key: k, Counts: NewCounts(k.Cells), Events: events}
 		d.Series = append(d.Series, s)
 		return s.Counts
@@ -275,7 +320,7 @@ func (s *Sum) AddEncoded(b []byte) error {
 		return err
 	}
 	r.about()
-	r.series(func(k Key, events uint64) Counts {
+	r.series(&s.known, func(k Key, events uint64) Counts {
 		t := s.at(k)
 		t.Events += events
 		return t.Counts
@@ -301,7 +346,7 @@ func (l Ledger) MarshalJSON() ([]byte, error) {
 	for k := range l {
 		keys = append(keys, k)
 	}
-	slices.SortFunc(keys, Key.compare)
+	slices.SortFunc(keys, Key.Compare)
 	b := []byte{format}
 	b = binary.AppendUvarint(b, uint64(len(keys)))
 	for _, k := range keys {

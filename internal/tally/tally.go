@@ -17,7 +17,8 @@ type Key struct {
 	Cells        int // of either cohort
 }
 
-func (k Key) compare(o Key) int {
+// Compare orders keys, the oldest epoch first.
+func (k Key) Compare(o Key) int {
 	return cmp.Or(cmp.Compare(k.Epoch, o.Epoch), cmp.Compare(k.Ring, o.Ring), cmp.Compare(k.Metric, o.Metric), cmp.Compare(k.Cells, o.Cells))
 }
 
@@ -45,6 +46,17 @@ func (c Counts) Less(other Counts) Counts {
 	for i := range c {
 		for k, x := range c[i] {
 			d[i][k] = x - other[i][k]
+		}
+	}
+	return d
+}
+
+// Plus is the sum of c and other, which has as many cells.
+func (c Counts) Plus(other Counts) Counts {
+	d := NewCounts(len(c[0]))
+	for i := range c {
+		for k, x := range c[i] {
+			d[i][k] = x + other[i][k]
 		}
 	}
 	return d
@@ -119,15 +131,61 @@ func (d *Doc) Find(k Key) *Series {
 	if d == nil {
 		return nil
 	}
-	i, ok := slices.BinarySearchFunc(d.Series, k, func(s Series, k Key) int { return s.compare(k) })
+	i, ok := slices.BinarySearchFunc(d.Series, k, func(s Series, k Key) int { return s.Compare(k) })
 	if !ok {
 		return nil
 	}
 	return &d.Series[i]
 }
 
+// Add adds a series at the end, if it has counted anything.
+func (d *Doc) Add(s Series) {
+	if s.Events > 0 || s.Counts.Sum(0) > 0 || s.Counts.Sum(1) > 0 {
+		d.Series = append(d.Series, s)
+	}
+}
+
+// Merged is the document with its series in order, those of one key as one.
+func (d *Doc) Merged() *Doc {
+	d.Sort()
+	var all []Series
+	for _, s := range d.Series {
+		if n := len(all); n > 0 && all[n-1].Key == s.Key {
+			all[n-1].Counts, all[n-1].Events = all[n-1].Counts.Plus(s.Counts), all[n-1].Events+s.Events
+			continue
+		}
+		s.Counts = Counts{slices.Clone(s.Counts[0]), slices.Clone(s.Counts[1])}
+		all = append(all, s)
+	}
+	d.Series = all
+	return d
+}
+
+// Less is the document without what base has of each series.
+func (d *Doc) Less(base *Doc) *Doc {
+	rest := &Doc{About: d.About}
+	for _, s := range d.Series {
+		if b := base.Find(s.Key); b != nil {
+			s.Counts, s.Events = s.Counts.Less(b.Counts), s.Events-b.Events
+		}
+		rest.Add(s)
+	}
+	return rest
+}
+
+// Plus is the series of both documents.
+func (d *Doc) Plus(o *Doc) *Doc {
+	sum := &Doc{}
+	for _, of := range []*Doc{d, o} {
+		if of != nil {
+			sum.Series = append(sum.Series, of.Series...)
+		}
+	}
+	return sum.Merged()
+}
+
 // Sort puts the series in the order that a document has them in.
-func (d *Doc) Sort() { slices.SortFunc(d.Series, func(a, b Series) int { return a.compare(b.Key) }) }
+func (d *Doc) Sort() { slices.SortFunc(d.Series, func(a, b Series) int { return a.Compare(b.Key) }) }
 
 // Total is the sum of one series over documents.
 type Total struct {
@@ -138,6 +196,7 @@ type Total struct {
 // Sum is the sum of documents. The zero value is that of none.
 type Sum struct {
 	Totals map[Key]*Total
+	known  []keyed // of the first document
 }
 
 func (s *Sum) at(k Key) *Total {
