@@ -1,0 +1,86 @@
+package rollout
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/machine"
+	"github.com/stagedrollout/rollout/internal/tally"
+)
+
+// losing is a store that loses the next writes of evidence.
+type losing struct {
+	Store
+	left int
+}
+
+func (s *losing) CompareAndSwap(ctx context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
+	if s.left > 0 && strings.Contains(key, "/ev/") {
+		s.left--
+		return 0, false, errDown
+	}
+	return s.Store.CompareAndSwap(ctx, key, old, value)
+}
+
+// manual is a process whose ticks and time a test makes.
+func manual(t *testing.T, s Store, replica string, p Policy, now *time.Time) *Rollout {
+	t.Helper()
+	r, err := New("x", p, &Options{Store: s, Logger: quiet, Interval: 5 * time.Second, Replica: replica})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.now, r.coin, r.barrier = func() time.Time { return *now }, func(int) bool { return true }, 0
+	r.running.Store(true)
+	r.startClock()
+	return r
+}
+
+func turn(r *Rollout) { r.tick(context.Background(), &r.clock, false); r.clock.alarm = false }
+
+// TestEvidenceStaysInItsGeneration: what is left of a generation, because its first document was lost, is not published as
+// evidence of the next one, which began meanwhile.
+func TestEvidenceStaysInItsGeneration(t *testing.T) {
+	now := driverStart
+	store := &losing{Store: MemStore()}
+	old := manual(t, store, "old", simPolicy(0), &now)
+	turn(old)
+	turn(old)
+	for i := range 60 {
+		old.Decide(Unit{Key: string(rune('a' + i)), Groups: staffOnly}).Record(Errors.Observe(true))
+	}
+	store.left = 2
+	turn(old) // its document is lost
+	next := manual(t, store, "next", simPolicy(1), &now)
+	turn(next)
+	turn(old) // and once more: nothing is there, and another generation is
+	all, err := store.List(t.Context(), "rollout/x/ev/2.")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for key, value := range all {
+		d, err := tally.Decode(value)
+		t.Errorf("%s is evidence of the generation before: %+v, %v", key, d, err)
+	}
+}
+
+// TestGenerationBeginsAtZero: the time that a process has followed one generation does not count in the next one.
+func TestGenerationBeginsAtZero(t *testing.T) {
+	now := driverStart
+	store := MemStore()
+	a := manual(t, store, "a", simPolicy(0), &now)
+	turn(a)
+	turn(a)
+	b := manual(t, store, "b", simPolicy(1), &now)
+	if err := b.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	now = now.Add(30 * time.Second)
+	turn(b)
+	value, _, _ := store.Load(t.Context(), stateKey)
+	st, err := machine.Decode("x", value)
+	if err != nil || st.Gen != 2 || st.Clock != 0 {
+		t.Errorf("generation %d accounts for %v in the moment that it begins: %v", st.Gen, st.Clock, err)
+	}
+}
