@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/stagedrollout/rollout/internal/chaos"
 )
 
 // The tests need initdb, postgres and pgbouncer, in PATH or where Debian puts them. What needs one that is not there is
@@ -35,6 +37,7 @@ var shared struct {
 }
 
 func TestMain(m *testing.M) {
+	chaos.Main(openAt)
 	code := m.Run()
 	if shared.server != nil {
 		shared.server.remove()

@@ -1,0 +1,56 @@
+package chaos
+
+import (
+	"slices"
+	"testing"
+	"time"
+)
+
+// TestLatency: what is rolled back in one process is in the four others within the limit. That is how long they go on giving
+// the candidate after Rollback was called. The limit is meant for the 99th percentile on a machine that has nothing else to
+// do; here it is held to by half, so that the test may run beside others, and all are far below the five seconds of a poll.
+func (fl Flags) TestLatency(t *testing.T, s Server, limit time.Duration) {
+	took := latency(t, s, *fl.rounds, config{Name: "latency", Interval: 5 * time.Second})
+	if half, last := took[len(took)/2], took[len(took)-1]; half > limit || last > time.Second {
+		t.Errorf("half of the rollbacks take more than %v, and one takes %v", half, last)
+	}
+}
+
+// TestLatencyDeaf: without any hint it takes a poll.
+func (fl Flags) TestLatencyDeaf(t *testing.T, s Server) {
+	const interval = 200 * time.Millisecond
+	took := latency(t, s, *fl.rounds/3, config{Name: "deaf", Interval: interval, Deaf: true})
+	if last, limit := took[len(took)-1], 3*interval; last > limit { // a tick may be late
+		t.Errorf("a rollback takes %v, more than %v", last, limit)
+	}
+}
+
+// latency rolls back, and restarts, in five processes in turn, and returns how long that took, in order of length.
+func latency(t *testing.T, s Server, rounds int, c config) (took []time.Duration) {
+	t.Helper()
+	f := newFleet(t, s, 5, c)
+	for i := range rounds {
+		f.until("the candidate is served", func(p *proc) bool { return p.number("serving") > 0 })
+		for _, p := range f.procs {
+			if s := p.ask("watch"); s != "ok" {
+				t.Fatal(s)
+			}
+		}
+		first := f.procs[i%len(f.procs)]
+		at := first.number("rollback latency")
+		last := int64(0)
+		f.until("the candidate is served no more", func(p *proc) bool {
+			off := p.number("off")
+			last = max(last, off)
+			return off > 0
+		})
+		took = append(took, time.Duration(last-at))
+		f.wait("a restart", func() bool { return first.ask("restart again") == "ok" })
+	}
+	slices.Sort(took)
+	at := func(q int) time.Duration {
+		return took[min(len(took)*q/100, len(took)-1)].Round(100 * time.Microsecond)
+	}
+	t.Logf("%d rollbacks in %d processes: p50 %v, p90 %v, p99 %v, longest %v", rounds, len(f.procs), at(50), at(90), at(99), took[len(took)-1].Round(100*time.Microsecond))
+	return took
+}
