@@ -191,6 +191,7 @@ func (f *fleetRun) serve(ticks, units, metrics int) {
 // TestFleetReads: whatever the size of a fleet, about two Lists are made in a tick, and all of it together reads at most as
 // much as three of them. In a small fleet the state is larger than the evidence, and counts with it.
 func TestFleetReads(t *testing.T) {
+	unraced(t)
 	sizes := []int{20, 100}
 	if smallFleets {
 		sizes = sizes[:1]
@@ -261,6 +262,7 @@ func (f *fleetRun) evidence() (n int) {
 // TestFleetWrites: what a replica publishes of 3 rings and 4 metrics has at most 8 KiB, it does so at most once a tick, and
 // one with nothing new writes nothing.
 func TestFleetWrites(t *testing.T) {
+	unraced(t)
 	synctest.Test(t, func(t *testing.T) {
 		const n, ticks = 8, 12
 		f := newRunning(t, n, 4, false)
@@ -358,6 +360,7 @@ func onePolicy() Policy {
 // TestFleetIsOne: a fleet judges the same outcomes exactly as one process does: the same blocks, the same wealth of each
 // gate bit for bit, the same stages at the same time.
 func TestFleetIsOne(t *testing.T) {
+	unraced(t)
 	for _, c := range []struct {
 		name string
 		bad  int // errors of the candidate, percent
@@ -436,6 +439,7 @@ func TestFleetIsOne(t *testing.T) {
 // TestFleetAA: a fleet rolls back a candidate that is no other than what is stable as seldom as Policy.FalseRollback says,
 // whoever evaluates, in whatever order. 2 standard errors above it are allowed; -fleet.aa for more runs.
 func TestFleetAA(t *testing.T) {
+	unraced(t)
 	runs := *fleetAA
 	if smallFleets {
 		runs = min(runs, 20)
@@ -557,6 +561,7 @@ func BenchmarkFleetMerge(b *testing.B) {
 // it were quadratic, 1,000 would take a hundred times as long as 100.
 // How long it takes is BenchmarkFleetMerge's to say.
 func TestFleetMerge(t *testing.T) {
+	unraced(t)
 	cost := func(n int) (took time.Duration, allocated uint64) {
 		r, st, _ := merging(t, n)
 		took, allocated = time.Hour, math.MaxUint64
@@ -612,5 +617,14 @@ func TestFleetTable(t *testing.T) {
 				float64(m.read["list"].n)/ticks, evidence,
 				each(m.bytesRead()), each(m.read["list"].bytes), each(m.read["head"].bytes), each(m.read["state"].bytes), float64(m.bytesRead())/ticks/float64(evidence))
 		})
+	}
+}
+
+// unraced leaves a test to the run without the race detector, which makes it take a minute; the same code is under it in
+// TestFleet.
+func unraced(t *testing.T) {
+	t.Helper()
+	if smallFleets {
+		t.Skip("measured without the race detector")
 	}
 }
