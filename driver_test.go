@@ -395,7 +395,8 @@ func (d *driver) calm() {
 	d.store.settle(true)
 }
 
-// accounts lets the last blocks close, and judges whether each outcome was consumed once.
+// accounts lets the last blocks close, and judges whether each outcome was consumed once; of several processes, one that
+// did not hear of the next two epochs in time has outcomes that come too late.
 func (d *driver) accounts() {
 	d.calm()
 	for range 3 {
@@ -413,7 +414,7 @@ func (d *driver) accounts() {
 		}
 		for _, ring := range p.plan.Rings {
 			t := ringTally{st.Gen, ring}
-			if want, got := p.had[t]+p.recorded[t], tallied(st, p.metric(), ring); want != got && !slices.Contains(st.Rings, ring) {
+			if want, got := p.had[t]+p.recorded[t], tallied(st, p.metric(), ring); want != got && !slices.Contains(st.Rings, ring) && (len(d.procs) == 1 || got > want) {
 				d.broken("p%d: of %d outcomes of %s, %d before its life, %d are consumed", p.id, want, ring, p.had[t], got)
 			}
 		}
