@@ -1,0 +1,93 @@
+package rollout
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestEventsOfOthers: a process hears of what others did on the same Store, once and in order, and so does who did it.
+func TestEventsOfOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		var mu sync.Mutex
+		heard := [2][]EventKind{}
+		var all []*process
+		for i := range 2 {
+			r := start(t, "x", threeStages(), Options{Store: store})
+			r.Subscribe(func(e Event) {
+				mu.Lock()
+				defer mu.Unlock()
+				heard[i] = append(heard[i], e.Kind)
+				if e.Kind == RollbackBegan && (e.Incident == nil || e.Incident.Note != "stop") {
+					t.Errorf("process %d hears of the incident %+v", i, e.Incident)
+				}
+			})
+			r.serve(10*time.Second, 0, 0)
+			all = append(all, r)
+		}
+		must(t, all[0].Hold(t.Context(), "wait"))
+		must(t, all[0].Resume(t.Context(), "on"))
+		must(t, all[1].Rollback(t.Context(), "stop"))
+		minute()
+		mu.Lock()
+		defer mu.Unlock()
+		for i, kinds := range heard {
+			if n := len(kinds); n < 4 || !slices.Equal(kinds[n-4:], []EventKind{HoldBegan, Resumed, RollbackBegan, RollbackDone}) {
+				t.Errorf("process %d heard of %v", i, kinds)
+			}
+		}
+	})
+}
+
+// TestBehind: the incident that a step is given names who has not confirmed the rollback, and nobody else.
+func TestBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var given []string
+		p := threeStages()
+		p.Rollback = []RollbackStep{{Name: "undo", Do: func(_ context.Context, in Incident) error { given = in.Behind; return nil }}}
+		away := &faulty{Store: MemStore()}
+		gone := start(t, "x", p, Options{Store: away, Replica: "gone"})
+		gone.serve(10*time.Second, 0, 0)
+		for _, name := range []string{"one", "two"} {
+			start(t, "x", p, Options{Store: away.Store, Replica: name}).serve(10*time.Second, 0, 0)
+		}
+		away.set(down, down, nil)
+		other := start(t, "x", p, Options{Store: away.Store, Replica: "three"})
+		must(t, other.Rollback(t.Context(), "stop"))
+		minute()
+		other.is(RolledBack, "")
+		if len(given) != 1 || !slices.Equal(given, other.Status().Incident.Behind) || given[0][:5] != "gone-" {
+			t.Errorf("behind are %q", given)
+		}
+	})
+}
+
+// TestJudgesAlone: one of many that is cut off takes the candidate out of use by its own evidence, in its own process only;
+// once it is heard again the evidence of all decides.
+func TestJudgesAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		away := &faulty{Store: MemStore()}
+		alone := start(t, "x", threeStages(), Options{Store: away})
+		alone.serve(10*time.Second, 0, 0)
+		other := start(t, "x", threeStages(), Options{Store: away.Store})
+		other.serve(20*time.Second, 0, 0)
+		away.set(down, down, nil)
+		alone.serve(time.Minute, 0, .9)
+		if served(alone.Rollout) {
+			t.Error("it serves a candidate that fails")
+		}
+		if !served(other.Rollout) {
+			t.Error("the other one does not serve the candidate any more")
+		}
+		other.is(Running, "everyone 10 %")
+		away.set(nil, nil, nil)
+		minute()
+		if other.Status().State == Running {
+			t.Error("the evidence of both does not decide")
+		}
+	})
+}
