@@ -123,7 +123,9 @@ func (r *Rollout) evaluate(ctx context.Context, c *clock, last bool) error {
 			if l.stored != nil && l.stored.Live != live {
 				news++
 			}
-			r.do(ctx, tasks)
+			for _, task := range tasks { // whatever of it fails is found again
+				task(ctx)
+			}
 			// Whoever begins to follow the time of a rollout that nobody else follows begins it anew: else what is accounted for
 			// would be waited for again, by each of many short lives.
 			goes := next.Phase == machine.Running || next.Phase == machine.Held
@@ -182,7 +184,7 @@ const (
 )
 
 // gather lists what everybody has published, and takes what is new of it. The state was loaded before: what it has
-// consumed is there. What is left to do once it is stored that documents are folded is returned.
+// consumed is there. It returns what is to be cleared away besides: documents to be sealed, and those never read again.
 func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Input, alarm, last bool) (tasks []func(context.Context), err error) {
 	docs, outdated, err := r.documents(ctx, st)
 	if err != nil {
@@ -349,15 +351,6 @@ func (r *Rollout) sealTask(st *machine.State, inc string, seq uint64) func(conte
 		}
 		d.Sealed = true
 		_, _, _ = r.put(ctx, key, rev, d.Encode())
-	}
-}
-
-// do does what is left to do. Whatever of it fails is found again.
-func (r *Rollout) do(ctx context.Context, tasks []func(context.Context)) {
-	for _, task := range tasks {
-		if r.shared {
-			task(ctx)
-		}
 	}
 }
 

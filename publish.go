@@ -30,9 +30,12 @@ type publisher struct {
 	dropped   uint64 // outcomes of which it is not known whether they were counted
 }
 
-// evidenceKey is where the documents of a timeline are.
+// evidenceKeys is what the keys of all evidence begin with.
+func (r *Rollout) evidenceKeys() string { return "rollout/" + r.name + "/ev/" }
+
+// evidencePrefix is what the keys of a timeline's documents begin with.
 func (r *Rollout) evidencePrefix(gen uint64, nonce string) string {
-	return fmt.Sprintf("rollout/%s/ev/%d.%s/", r.name, gen, nonce)
+	return fmt.Sprintf("%s%d.%s/", r.evidenceKeys(), gen, nonce)
 }
 
 func (p *publisher) key(r *Rollout) string { return r.evidencePrefix(p.gen, p.nonce) + p.inc }
@@ -143,38 +146,6 @@ func (r *Rollout) send(ctx context.Context) error {
 	return r.resolve(ctx)
 }
 
-// put is a CompareAndSwap.
-func (r *Rollout) put(ctx context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
-	type result struct {
-		rev     uint64
-		swapped bool
-	}
-	got, err := use(ctx, r, func(ctx context.Context) (result, error) {
-		rev, swapped, err := r.store.CompareAndSwap(ctx, key, old, value)
-		return result{rev, swapped}, err
-	})
-	if err != nil {
-		return 0, false, fmt.Errorf("write %s: %w", key, err)
-	}
-	return got.rev, got.swapped, nil
-}
-
-// get is a Load.
-func (r *Rollout) get(ctx context.Context, key string) ([]byte, uint64, error) {
-	type result struct {
-		value []byte
-		rev   uint64
-	}
-	got, err := use(ctx, r, func(ctx context.Context) (result, error) {
-		v, rev, err := r.store.Load(ctx, key)
-		return result{v, rev}, err
-	})
-	if err != nil {
-		return nil, 0, fmt.Errorf("load %s: %w", key, err)
-	}
-	return got.value, got.rev, nil
-}
-
 // resolve finds out whether the pending document is there.
 func (r *Rollout) resolve(ctx context.Context) error {
 	p := &r.pub
@@ -190,7 +161,7 @@ func (r *Rollout) resolve(ctx context.Context) error {
 	case err != nil || d.Inc != p.inc || d.Seq > p.pending.Seq: // somebody else has written there
 		r.logger().Error("rollout: the evidence of this process was overwritten; what it had counted is given up", "rollout", r.name, "key", p.key(r), "err", err)
 		r.drop(p.pending)
-		r.another(r.pubState(), p.pending)
+		r.another(r.following(), p.pending)
 	case d.Sealed:
 		r.sealed(d)
 	case d.Seq == p.pending.Seq:
@@ -213,7 +184,7 @@ func (r *Rollout) resolveAbsent(ctx context.Context) error {
 	case st == nil:
 		return r.travelled(ctx)
 	case st.Gen != p.gen || st.Nonce != p.nonce:
-		if known := r.pubState(); older(st, known) {
+		if known := r.following(); older(st, known) {
 			return r.travelled(ctx)
 		}
 		r.another(st, p.pending) // of another timeline; of another generation it counts no more
@@ -272,14 +243,7 @@ func (r *Rollout) sealed(d *tally.Doc) {
 	if len(d.Open) > 0 {
 		r.sessions.forsake()
 	}
-	r.another(r.pubState(), d)
-}
-
-// pubState is the timeline that this process counts in.
-func (r *Rollout) pubState() *machine.State {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.known
+	r.another(r.following(), d)
 }
 
 // drop counts outcomes of which it is not known whether they were judged.
@@ -316,10 +280,7 @@ func (r *Rollout) travelled(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.mu.Lock()
-	st := r.known
-	r.mu.Unlock()
-	if st.Gen == r.pub.gen && st.Nonce == r.pub.nonce {
+	if st := r.following(); st.Gen == r.pub.gen && st.Nonce == r.pub.nonce {
 		// The state did not go back, only this process's document: nothing tells what was counted of it.
 		_, err = r.update(ctx, func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
 			if s.Gen != r.pub.gen || s.Nonce != r.pub.nonce {
@@ -344,7 +305,7 @@ func (r *Rollout) documents(ctx context.Context, st *machine.State) (all map[str
 	}
 	all = map[string]*document{}
 	ours := r.evidencePrefix(st.Gen, st.Nonce)
-	prefix := "rollout/" + r.name + "/ev/"
+	prefix := r.evidenceKeys()
 	listed, err := use(ctx, r, func(ctx context.Context) (map[string][]byte, error) { return r.store.List(ctx, prefix) })
 	if err != nil {
 		return nil, nil, fmt.Errorf("list %s: %w", prefix, err)

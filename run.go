@@ -194,9 +194,7 @@ func (r *Rollout) stepsPatience(have bool) time.Duration {
 // stepsToRun reports whether this process should run rollback steps, of whichever version: they are found by name. It
 // takes over from another process where they stand still. idle: that is why, and where.
 func (r *Rollout) stepsToRun() (run bool, idle *rival) {
-	r.mu.Lock()
-	st := r.known
-	r.mu.Unlock()
+	st := r.following()
 	next, ok := machine.NextStep(st)
 	if !ok {
 		r.rival = rival{}
@@ -222,9 +220,7 @@ type clearing struct {
 
 // clearJournal removes what is journalled of generations that are settled, once each.
 func (r *Rollout) clearJournal(ctx context.Context, work *sync.WaitGroup, busy chan struct{}) {
-	r.mu.Lock()
-	st := r.known
-	r.mu.Unlock()
+	st := r.following()
 	if st == nil || st.Settled == 0 || r.cleared == (clearing{st.Settled, st.KeptRings()}) {
 		return
 	}

@@ -102,9 +102,7 @@ func (r *Rollout) pause(ctx context.Context) {
 // sessions under way, or may have, their grace besides; it returns who has not. It reports whether ctx lasted.
 func (r *Rollout) awaitOthers(ctx context.Context) (behind []string, ok bool) {
 	for waited := time.Duration(0); ; {
-		r.mu.Lock()
-		st := r.known
-		r.mu.Unlock()
+		st := r.following()
 		if !r.shared || st.Live <= 1 || !st.Phase.Latched() || len(st.Steps) == 0 || st.Steps[0].Attempts > 0 {
 			return nil, ctx.Err() == nil
 		}

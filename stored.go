@@ -49,6 +49,38 @@ func useFor[T any](ctx context.Context, r *Rollout, limit time.Duration, f func(
 	})
 }
 
+// put is a CompareAndSwap.
+func (r *Rollout) put(ctx context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
+	type result struct {
+		rev     uint64
+		swapped bool
+	}
+	got, err := use(ctx, r, func(ctx context.Context) (result, error) {
+		rev, swapped, err := r.store.CompareAndSwap(ctx, key, old, value)
+		return result{rev, swapped}, err
+	})
+	if err != nil {
+		return 0, false, fmt.Errorf("write %s: %w", key, err)
+	}
+	return got.rev, got.swapped, nil
+}
+
+// get is a Load.
+func (r *Rollout) get(ctx context.Context, key string) ([]byte, uint64, error) {
+	type result struct {
+		value []byte
+		rev   uint64
+	}
+	got, err := use(ctx, r, func(ctx context.Context) (result, error) {
+		v, rev, err := r.store.Load(ctx, key)
+		return result{v, rev}, err
+	})
+	if err != nil {
+		return nil, 0, fmt.Errorf("load %s: %w", key, err)
+	}
+	return got.value, got.rev, nil
+}
+
 // decoded is the state of one revision, which is never used for another.
 type decoded struct {
 	st  *machine.State
@@ -65,29 +97,19 @@ func (r *Rollout) load(ctx context.Context) (*machine.State, uint64, error) {
 		}
 		return d.st, d.rev, nil
 	}
-	type loaded struct {
-		value []byte
-		rev   uint64
+	value, rev, err := r.get(ctx, r.key())
+	if err != nil || rev == 0 {
+		return nil, 0, err
 	}
-	got, err := use(ctx, r, func(ctx context.Context) (loaded, error) {
-		v, rev, err := r.store.Load(ctx, r.key())
-		return loaded{v, rev}, err
-	})
-	if err != nil {
-		return nil, 0, fmt.Errorf("load %s: %w", r.key(), err)
+	if d := r.decoded.Load(); d != nil && d.rev == rev {
+		return d.st, rev, nil
 	}
-	if got.rev == 0 {
-		return nil, 0, nil
-	}
-	if d := r.decoded.Load(); d != nil && d.rev == got.rev {
-		return d.st, got.rev, nil
-	}
-	st, err := machine.Decode(r.name, got.value)
+	st, err := machine.Decode(r.name, value)
 	if err != nil {
 		return nil, 0, fmt.Errorf("%s: %w", r.key(), err)
 	}
-	r.decoded.Store(&decoded{st, got.rev})
-	return st, got.rev, nil
+	r.decoded.Store(&decoded{st, rev})
+	return st, rev, nil
 }
 
 // swap writes the state over revision old. An outcome that is unknown is looked up once: landed says whether this very
@@ -108,14 +130,9 @@ func (r *Rollout) swap(ctx context.Context, st *machine.State, old uint64) (land
 	if err != nil {
 		return false, err
 	}
-	landed, err = use(ctx, r, func(ctx context.Context) (bool, error) {
-		_, swapped, err := r.store.CompareAndSwap(ctx, r.key(), old, doc)
-		return swapped, err
-	})
-	if err == nil {
+	if _, landed, err = r.put(ctx, r.key(), old, doc); err == nil {
 		return landed, nil
 	}
-	err = fmt.Errorf("write %s: %w", r.key(), err)
 	now, _, again := r.load(ctx)
 	if again != nil {
 		return false, err
@@ -124,6 +141,13 @@ func (r *Rollout) swap(ctx context.Context, st *machine.State, old uint64) (land
 		return true, nil
 	}
 	return false, err
+}
+
+// following is the state that this process follows, which must not be changed; nil if none was loaded yet.
+func (r *Rollout) following() *machine.State {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.known
 }
 
 // look is the stored state and what this process would make of it.
@@ -429,9 +453,7 @@ func (r *Rollout) loadHead(ctx context.Context) (*machine.State, uint64, error) 
 // refresh follows what others, or a verb, have stored. The head is enough, but where steps are to be run, where this
 // process's first document is not counted for certain, and where the head is behind.
 func (r *Rollout) refresh(ctx context.Context) error {
-	r.mu.Lock()
-	known := r.known
-	r.mu.Unlock()
+	known := r.following()
 	var head *machine.State
 	if r.shared {
 		var err error
@@ -442,9 +464,7 @@ func (r *Rollout) refresh(ctx context.Context) error {
 			r.followHead(head)
 		}
 	}
-	r.mu.Lock()
-	now := r.known
-	r.mu.Unlock()
+	now := r.following()
 	_, steps := machine.NextStep(now)
 	p := &r.pub
 	unconfirmed := p.acked != nil && !p.confirmed

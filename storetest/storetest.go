@@ -666,15 +666,7 @@ func testLandsLate(t testing.TB, b Backend) {
 		t.Fatalf("the late write has the revision of the value it replaced")
 	}
 	wantRefused(t, other, "k", rev, []byte("stale"))
-	eventually(t, "the slow writer finds its write", func(ctx context.Context) error {
-		v, r, err := slow.Load(ctx, "k")
-		if err == nil && (string(v) != lateValue || r != late) {
-			err = fmt.Errorf("it is %q, %d, want %d", v, r, late)
-		}
-		return err
-	})
-	wantRefused(t, slow, "k", rev, []byte("again"))
-	swap(t, slow, "k", late, []byte("next"))
+	findsLate(t, slow, rev, late)
 }
 
 // A write on the way, which its writer has given up, is refused if another was first.
@@ -710,15 +702,21 @@ func testReplyLost(t testing.TB, b Backend) {
 	})
 	p.Cut()
 	p.Release()
+	findsLate(t, slow, rev, late)
+}
+
+// findsLate has the writer find the write that it gave up, which has replaced revision rev, and go on from there.
+func findsLate(t testing.TB, writer Store, rev, late uint64) {
+	t.Helper()
 	eventually(t, "the writer finds its write", func(ctx context.Context) error {
-		v, r, err := slow.Load(ctx, "k")
+		v, r, err := writer.Load(ctx, "k")
 		if err == nil && (string(v) != lateValue || r != late) {
 			err = fmt.Errorf("it is %q, %d, want %d", v, r, late)
 		}
 		return err
 	})
-	wantRefused(t, slow, "k", rev, []byte("again"))
-	swap(t, slow, "k", late, []byte("next"))
+	wantRefused(t, writer, "k", rev, []byte("again"))
+	swap(t, writer, "k", late, []byte("next"))
 }
 
 const lateValue = "the-late-value-of-a-writer-who-gave-up"
