@@ -383,6 +383,7 @@ func TestDirStoreLockReplaced(t *testing.T) {
 
 // List finds every key that is there all the time, however often it is replaced.
 func TestDirStoreListWhileWriting(t *testing.T) {
+	processors(t)
 	dir := t.TempDir()
 	a, b := openDir(t, dir), openDir(t, dir)
 	a.ops.sync = func(*os.File) error { return nil }

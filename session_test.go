@@ -701,14 +701,10 @@ func TestOnRevoke(t *testing.T) {
 	})
 }
 
-// hangingCalls are how many calls of OnRevoke hang.
-var hangingCalls = 10_000
-
 // TestOnRevokeHangs: however many of its calls hang, each session is told at once, has until the grace of its own
 // revocation is over, and neither Drain nor the steps wait longer than that.
 func TestOnRevokeHangs(t *testing.T) {
-	const grace = time.Second
-	n := hangingCalls
+	const grace, n = time.Second, 10_000
 	for name, running := range map[string]bool{"Run": true, "Drain alone": false} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

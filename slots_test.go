@@ -3,6 +3,7 @@ package rollout
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -568,8 +569,16 @@ func TestMarksOfEveryCall(t *testing.T) {
 	}
 }
 
+// processors gives a test that has no bubble all processors, which the race detector is not let have with bubbles
+// (explore_race_test.go).
+func processors(t *testing.T) {
+	n := runtime.GOMAXPROCS(runtime.NumCPU())
+	t.Cleanup(func() { runtime.GOMAXPROCS(n) })
+}
+
 // Readings made while outcomes are recorded only grow, and the last one has everything once.
 func TestMarksAreReadMeanwhile(t *testing.T) {
+	processors(t)
 	r := startedWith(t, slotPolicy())
 	s := r.snap.Load()
 	m := s.last.marks[1]

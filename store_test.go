@@ -19,6 +19,7 @@ import (
 )
 
 func TestMemStore(t *testing.T) {
+	processors(t)
 	storetest.Run(t, func(t testing.TB) storetest.Backend {
 		s := MemStore()
 		return storetest.Backend{Open: func(testing.TB) storetest.Store { return s }}
