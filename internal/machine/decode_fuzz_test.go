@@ -39,6 +39,7 @@ func FuzzDecode(f *testing.F) {
 			f.Fatal(err)
 		}
 		f.Add(doc)
+		f.Add(zipped(f, doc))
 	}
 	add()
 	for range 20 {

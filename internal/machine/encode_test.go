@@ -1,6 +1,10 @@
 package machine
 
 import (
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -76,8 +80,71 @@ func TestEncodeTooLarge(t *testing.T) {
 		})
 	}
 	s := New("x", p, "n")
-	s.Incident = &Incident{Note: strings.Repeat("x", MaxBytes)}
+	s.Incident = &Incident{Note: strings.Repeat("x", MaxText)}
 	if _, err := s.Encode(); err == nil || !strings.Contains(err.Error(), "bytes") {
 		t.Errorf("what cannot be cut down is stored: %v", err)
+	}
+}
+
+// zipped is a text in the gzip format.
+func zipped(t testing.TB, text []byte) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	if _, err := z.Write(text); err != nil {
+		t.Fatal(err)
+	}
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// TestPacked: a large document is stored compressed, a small one as it is; one that is damaged, or is more than it could
+// have been, is refused.
+func TestPacked(t *testing.T) {
+	p := fixedPlan(t)
+	s := New("x", p, "n")
+	small, err := s.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.HasPrefix(small, []byte("{")) {
+		t.Errorf("%d bytes are not text", len(small))
+	}
+	for i := range MaxHistory {
+		s.History = append(s.History, Change{Epoch: uint64(i + 1), At: epoch0, Shares: s.Shares})
+	}
+	b, err := s.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := json.Marshal(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(b) > len(text)/2 {
+		t.Errorf("%d bytes are stored in %d", len(text), len(b))
+	}
+	got, err := Decode("x", b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := json.Marshal(got); err != nil || !bytes.Equal(again, text) {
+		t.Errorf("stored is\n%s\nnot (%v)\n%s", again, err, text)
+	}
+	flipped := bytes.Clone(b)
+	flipped[len(flipped)/2] ^= 1
+	blank := append(bytes.Repeat([]byte(" "), MaxText), small...) // it would be a document
+	for what, b := range map[string][]byte{
+		"cut short": b[:len(b)-1], "no more than a beginning": b[:3], "one bit off": flipped, "with something behind": append(bytes.Clone(b), 'x'), "too much": zipped(t, blank),
+	} {
+		if _, err := Decode("x", b); err == nil || !strings.Contains(err.Error(), "compressed") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	newer := zipped(t, []byte(`{"format":99}`))
+	if _, err := Decode("x", newer); !errors.Is(err, ErrNewer) {
+		t.Errorf("a newer format: %v", err)
 	}
 }

@@ -4,9 +4,12 @@
 package machine
 
 import (
+	"bytes"
+	"compress/gzip"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"math"
 	"slices"
@@ -24,8 +27,9 @@ const (
 	MaxHistory  = 1024 // changes of shares
 	MaxVersions = 1024
 	MaxNotes    = 32
-	MaxNote     = 1024 // bytes of one note or cause
-	MaxBytes    = 900 << 10
+	MaxNote     = 1024         // bytes of one note or cause
+	MaxBytes    = 900 << 10    // as stored
+	MaxText     = 4 * MaxBytes // as JSON
 
 	MaxRationales = 16 << 10 // bytes of an incident's rationales together
 	MaxWaives     = 256      // effects and kinds of effects that are waived
@@ -369,11 +373,51 @@ func (s *State) Clone() *State {
 	return &c
 }
 
+// packed is the length of JSON from which it is stored compressed: what gates know of many rings is read by whoever
+// evaluates, in every tick.
+const packed = 8 << 10
+
+// pack is the text of a state as stored: itself, or in the gzip format.
+func pack(text []byte) ([]byte, error) {
+	if len(text) < packed {
+		return text, nil
+	}
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	if _, err := z.Write(text); err != nil {
+		return nil, err
+	}
+	err := z.Close()
+	return b.Bytes(), err
+}
+
+// unpack is the inverse of pack.
+func unpack(b []byte) ([]byte, error) {
+	if !bytes.HasPrefix(b, []byte{0x1f, 0x8b}) {
+		return b, nil
+	}
+	z, err := gzip.NewReader(bytes.NewReader(b))
+	if err != nil {
+		return nil, err
+	}
+	text, err := io.ReadAll(io.LimitReader(z, MaxText+1))
+	if err == nil && len(text) > MaxText {
+		err = fmt.Errorf("it has more than %d bytes", MaxText)
+	}
+	return text, err
+}
+
 // Encode is the document as stored. Where it would be too large the oldest shares of the history are left out, then what
 // gates remember of the past of metrics, then notes and the oldest versions, because a rollback must always be stored.
 func (s *State) Encode() ([]byte, error) {
-	b, err := json.Marshal(s)
-	for c := s; err == nil && len(b) > MaxBytes; b, err = json.Marshal(c) {
+	for c := s; ; {
+		text, err := json.Marshal(c)
+		if err != nil {
+			return nil, err
+		}
+		if b, err := pack(text); err != nil || len(text) <= MaxText && len(b) <= MaxBytes {
+			return b, err
+		}
 		if c == s {
 			c = s.Clone()
 		}
@@ -390,10 +434,9 @@ func (s *State) Encode() ([]byte, error) {
 				return slices.Contains(half, e) && e.Version != c.Version
 			})
 		default:
-			return nil, fmt.Errorf("the state document would be %d bytes; %d is the most", len(b), MaxBytes)
+			return nil, fmt.Errorf("the state document would be %d bytes; %d is the most, and %d compressed", len(text), MaxText, MaxBytes)
 		}
 	}
-	return b, err
 }
 
 // ErrNewer is returned by [Decode] for a document of a newer format.
@@ -404,6 +447,10 @@ var ErrNewer = errors.New("written by a newer version of the library")
 func Decode(name string, b []byte) (*State, error) {
 	if len(b) > MaxBytes+1024 {
 		return nil, fmt.Errorf("the state document has %d bytes; %d is the most", len(b), MaxBytes)
+	}
+	b, err := unpack(b)
+	if err != nil {
+		return nil, fmt.Errorf("the state document is not as it was compressed: %w", err)
 	}
 	var head struct {
 		Format int `json:"format"`
