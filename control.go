@@ -39,7 +39,7 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 		r.cutOff(ctx, c)
 		return
 	}
-	c.loaded = began
+	c.loaded, c.alone = began, alone{}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.stale {
@@ -63,6 +63,7 @@ type clock struct {
 	alarm  bool      // the tick is only for what must never happen
 	fresh  bool      // nothing was evaluated in this Run yet
 	doubt  *doubt
+	alone  alone // the zero value while the Store can be used
 }
 
 // doubt is an evaluation of which it is not known whether its write has landed.
@@ -287,7 +288,7 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 }
 
 // far reports whether a number of processes is so far from another that it matters.
-func far(a, b int) bool { return a != b && (min(a, b) < 8 || 4*a > 5*b || 5*a < 4*b) }
+func far(a, b int) bool { return a != b && (min(a, b) < 32 || 8*a > 9*b || 9*a < 8*b) }
 
 // without is an evaluation that cannot read all the evidence: nothing is judged, and nothing advances. After some tries
 // what is missing is given up.
@@ -395,6 +396,14 @@ func (r *Rollout) mayAdvance(ctx context.Context, now time.Time) bool {
 	return ok && err == nil
 }
 
+// alone is what this process has judged by itself since it could not use the Store: a fork of what it knows of the whole.
+type alone struct {
+	from *machine.State // what it knew then
+	sent *tally.Doc     // and what of its own evidence it had published
+	st   *machine.State // what has come of it
+	at   time.Time
+}
+
 // cutOff is a tick without the Store: shares stay or fall, never rise. What was counted since the last document goes on
 // being judged, and a rollback it calls for is in force here at once.
 func (r *Rollout) cutOff(ctx context.Context, c *clock) {
@@ -405,54 +414,55 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 		r.publishLocked()
 	}
 	followed := r.now().Sub(r.since)
+	latched := st != nil && r.latchedLocked(st)
 	r.mu.Unlock()
-	if st == nil || standing != machine.Current || ctx.Err() != nil {
+	if st == nil || standing != machine.Current || st.Phase.Latched() || latched || ctx.Err() != nil {
 		return
 	}
-	next := st.Clone()
-	in := r.input(r.now())
-	in.Elapsed, in.MayAdvance = next.Account(followed), false
-	if p := &r.pub; p.gen == st.Gen && p.nonce == st.Nonce {
-		sent := p.pending
-		if sent == nil {
-			sent = p.acked
-		}
-		next.Consumed = tally.Ledger{}
-		if sent != nil {
-			for _, s := range sent.Series {
-				next.Consumed[s.Key] = &tally.Taken{Counts: s.Counts, Seen: s.Counts.Sum(1), Ahead: s.Events, Closed: int64(p.sent.Sub(r.since))}
+	at, p := r.now(), &r.pub
+	in := r.input(at)
+	in.Elapsed, in.MayAdvance = at.Sub(c.alone.at), false
+	if c.alone.from != st || c.alone.sent != p.acked {
+		in.Elapsed = st.Account(followed)
+		c.alone = alone{from: st, sent: p.acked, st: st.Clone()}
+		c.alone.st.Consumed = tally.Ledger{}
+		if p.acked != nil {
+			closed := int64(st.Clock + in.Elapsed - at.Sub(p.sent))
+			for _, s := range p.acked.Series {
+				c.alone.st.Consumed[s.Key] = &tally.Taken{Counts: s.Counts, Seen: s.Counts.Sum(1), Ahead: s.Events, Closed: closed}
 			}
 		}
+	}
+	next := c.alone.st.Clone()
+	plan := *r.plan
+	plan.Judge = r.plan.Judge.Among(st.Live) // each of so many may be cut off, and judge
+	if p.gen == st.Gen && p.nonce == st.Nonce {
 		sum := &tally.Sum{}
 		sum.Add(r.unpublished(st))
-		if machine.Take(next, r.plan, machine.Gathered{Sum: sum, Form: r.formOf, Share: r.shareOf(next), Alarm: c.alarm}, &in) != nil {
+		if machine.Take(next, &plan, machine.Gathered{Sum: sum, Form: r.formOf, Share: r.shareOf(next), Alarm: c.alarm}, &in) != nil {
 			return
 		}
 	}
-	r.addSources(st, &in)
+	r.addSources(next, &in)
 	in.Rationales = r.rationales() // after the counts: each is kept before it is counted
-	machine.Step(next, r.plan, in)
-	r.mu.Lock()
-	latched := r.latchedLocked(st)
-	r.mu.Unlock()
-	if next.Phase.Latched() && !st.Phase.Latched() && !latched {
-		if in := next.Incident; st.Live > 1 {
-			// One of many judges by itself what all of them would, each with evidence of its own: that any of them errs is no more
-			// likely than it is for one with a bound as many times as strict. The others decide when they are heard again.
-			if in.NeedE > 0 && in.E < in.NeedE*float64(st.Live) {
-				return
-			}
-			r.logger().Error("rollout: the candidate is out of use here, for as long as the Store cannot be used", "rollout", r.name, "gate", in.Gate, "cause", in.Note)
-			r.mu.Lock()
-			r.fork = snapKey{gen: st.Gen, epoch: st.Epoch}
-			r.publishLocked()
-			r.mu.Unlock()
-			return
-		}
-		r.logger().Error("rollout: rolled back here; the Store cannot be told yet", "rollout", r.name, "gate", next.Incident.Gate, "cause", next.Incident.Note)
-		r.latchHere(&intent{gen: st.Gen, note: next.Incident.Note, incident: next.Incident})
-		r.revokeHere(st.Gen)
+	machine.Step(next, &plan, in)
+	next.Elapsed, next.Baked, next.Quiet = st.Elapsed, st.Baked, st.Quiet // the time without the Store is not the stage's
+	c.alone.st, c.alone.at = next, at
+	if !next.Phase.Latched() {
+		return
 	}
+	if in := next.Incident; st.Live > 1 {
+		// The others decide when they are heard again.
+		r.logger().Error("rollout: the candidate is out of use here, for as long as the Store cannot be used", "rollout", r.name, "gate", in.Gate, "cause", in.Note)
+		r.mu.Lock()
+		r.fork = snapKey{gen: st.Gen, epoch: st.Epoch}
+		r.publishLocked()
+		r.mu.Unlock()
+		return
+	}
+	r.logger().Error("rollout: rolled back here; the Store cannot be told yet", "rollout", r.name, "gate", next.Incident.Gate, "cause", next.Incident.Note)
+	r.latchHere(&intent{gen: st.Gen, note: next.Incident.Note, incident: next.Incident})
+	r.revokeHere(st.Gen)
 }
 
 // sign is when another process last gave a sign of life.

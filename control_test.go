@@ -128,15 +128,20 @@ func start(t *testing.T, name string, p Policy, o Options) *process {
 func (p *process) serve(d time.Duration, control, candidate float64) {
 	for end := time.Now().Add(d); time.Now().Before(end); {
 		time.Sleep(100 * time.Millisecond)
-		p.n++
-		dec := p.Decide(Unit{Key: fmt.Sprint("user ", p.n)})
-		part := control
-		if dec.Enabled() {
-			part = candidate
-		}
-		dec.Record(Errors.Observe(float64(p.n*7919%1000) < 1000*part))
+		p.request(control, candidate)
 	}
 	synctest.Wait()
+}
+
+// request is the next one.
+func (p *process) request(control, candidate float64) {
+	p.n++
+	dec := p.Decide(Unit{Key: fmt.Sprint("user ", p.n)})
+	part := control
+	if dec.Enabled() {
+		part = candidate
+	}
+	dec.Record(Errors.Observe(float64(p.n*7919%1000) < 1000*part))
 }
 
 // until serves until the rollout is in a state, or an hour has passed.

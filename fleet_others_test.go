@@ -91,3 +91,33 @@ func TestJudgesAlone(t *testing.T) {
 		}
 	})
 }
+
+// TestForkIsOne: a process judges the same whether it can use the Store or not.
+func TestForkIsOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		away := &faulty{Store: MemStore()}
+		policy := threeStages()
+		policy.Independent = true // which units vary together is of each process its own
+		with, without := start(t, "x", policy, Options{}), start(t, "x", policy, Options{Store: away})
+		away.set(down, down, nil)
+		time.Sleep(50 * time.Millisecond) // so that no request comes at the moment of a tick
+		var there, here []float64         // requests, E and what it needs
+		for range 6000 {
+			time.Sleep(100 * time.Millisecond)
+			with.request(.02, .2)
+			without.request(.02, .2)
+			synctest.Wait()
+			if st := with.Status(); st.State == RolledBack && there == nil {
+				there = []float64{float64(with.n), st.Incident.E, st.Incident.NeedE}
+			}
+			without.mu.Lock()
+			if in := without.intent; in != nil && here == nil {
+				here = []float64{float64(without.n), in.incident.E, in.incident.NeedE}
+			}
+			without.mu.Unlock()
+		}
+		if there == nil || !slices.Equal(there, here) {
+			t.Errorf("it is rolled back after %v with the Store, %v without", there, here)
+		}
+	})
+}

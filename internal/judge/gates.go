@@ -17,6 +17,15 @@ type Judge struct {
 	risk  Risk
 	rings []string
 	marks map[string][]Mark // by metric
+	among int               // see Among; 0 is 1
+}
+
+// Among is the judge for one of n processes that each judge by themselves, on outcomes of their own: it is called
+// Unhealthy n times as late, so that all of them together err no more often than one.
+func (j *Judge) Among(n int) *Judge {
+	c := *j
+	c.among = n
+	return &c
 }
 
 // A gate is a Spec with its bets. The rollback side and the proof are each an

@@ -186,7 +186,7 @@ func (g *gate) excused(s *Gate) bool {
 
 // logThreshold returns the logarithm of what a group's average must reach: 1/α,
 // and 2^(j+1)/α after the j-th new start, so that all starts together spend at
-// most 1.5 α.
+// most 1.5 α; n times that among n.
 func (j *Judge) logThreshold(st *State, group group) float64 {
 	l := -math.Log(j.risk.FalseRollback)
 	if group == splitting {
@@ -195,7 +195,7 @@ func (j *Judge) logThreshold(st *State, group group) float64 {
 	if st.Starts > 0 {
 		l += float64(st.Starts+1) * math.Ln2
 	}
-	return l
+	return l + math.Log(float64(max(j.among, 1)))
 }
 
 // proven reports whether the gate holds within its margin, now: evidence that
