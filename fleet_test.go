@@ -608,7 +608,7 @@ func (s *sim) settle() {
 	judging := slices.ContainsFunc(s.procs, func(p *replica) bool { return p.standing == machine.Current })
 	given := uint64(0) // up, because nobody knows any more whether it was counted
 	for _, p := range s.procs {
-		given += p.pub.dropped
+		given += p.unsure.Load()
 	}
 	for k, c := range all {
 		if judging && k.Epoch >= st.Oldest && k.Metric == Errors.Name() && countsAbove(c, now[k]) && total2(c) > total2(now[k])+given {
@@ -636,7 +636,7 @@ func (s *sim) settle() {
 				s.fail("r%d has counted %d of %v that are not published", p.id, total2(x.Counts), x.Key)
 			}
 		}
-		s.stats.dropped += int(p.pub.dropped)
+		s.stats.dropped += int(p.unsure.Load())
 	}
 }
 

@@ -27,7 +27,6 @@ type publisher struct {
 	pending   *tally.Doc // one that may be
 	confirmed bool       // some state has counted it
 	sent      time.Time
-	dropped   uint64 // outcomes of which it is not known whether they were counted
 }
 
 // evidenceKeys is what the keys of all evidence begin with.
@@ -50,7 +49,7 @@ func (r *Rollout) another(st *machine.State, counted *tally.Doc) {
 		}
 	}
 	earlier[p.gen] = p.base.Plus(counted)
-	*p = publisher{gen: st.Gen, nonce: st.Nonce, earlier: earlier, base: earlier[st.Gen], inc: r.replica + "-" + randomText(), birth: st.Round, dropped: p.dropped}
+	*p = publisher{gen: st.Gen, nonce: st.Nonce, earlier: earlier, base: earlier[st.Gen], inc: r.replica + "-" + randomText(), birth: st.Round}
 	inc := p.inc
 	r.counting.Store(&inc)
 }
@@ -249,7 +248,7 @@ func (r *Rollout) sealed(d *tally.Doc) {
 // drop counts outcomes of which it is not known whether they were judged.
 func (r *Rollout) drop(d *tally.Doc) {
 	for i := range d.Series {
-		r.pub.dropped += d.Series[i].Counts.Sum(0) + d.Series[i].Counts.Sum(1)
+		r.unsure.Add(d.Series[i].Counts.Sum(0) + d.Series[i].Counts.Sum(1))
 	}
 }
 

@@ -99,7 +99,7 @@ type Rollout struct {
 	hint        chan struct{} // asks Run for a look at the Store
 	turned      chan struct{} // another state is followed: ends pauses between steps
 
-	noUnit, late, unknown, invalid, matchPanics atomic.Uint64
+	noUnit, late, unknown, invalid, unsure, matchPanics atomic.Uint64
 
 	firstUnknown atomic.Pointer[string] // metric to be logged
 	op           atomic.Uint64

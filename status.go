@@ -54,6 +54,7 @@ type Status struct {
 	Late    uint64 `json:"late"`    // observations that came too late to count, in this process
 	Unknown uint64 `json:"unknown"` // observations of metrics the policy does not name, in this process
 	Invalid uint64 `json:"invalid"` // observations of a Score that were not a number, in this process
+	Unsure  uint64 `json:"unsure"`  // outcomes not published again, as the Store does not tell whether they were judged, in this process
 	Panics  uint64 `json:"panics"`  // of Ring.Match, in this process
 	Dropped uint64 `json:"dropped"` // events that subscribers were too slow for, in this process
 }
@@ -175,7 +176,7 @@ func (r *Rollout) Status() Status {
 	s := Status{
 		Name: r.name, Version: r.plan.Version, Loaded: st != nil, Passive: r.standing != machine.Current,
 		Running: r.running.Load(), Shared: r.shared,
-		NoUnit: r.noUnit.Load(), Late: r.late.Load(), Unknown: r.unknown.Load(), Invalid: r.invalid.Load(), Panics: r.matchPanics.Load(), Dropped: r.dropped,
+		NoUnit: r.noUnit.Load(), Late: r.late.Load(), Unknown: r.unknown.Load(), Invalid: r.invalid.Load(), Unsure: r.unsure.Load(), Panics: r.matchPanics.Load(), Dropped: r.dropped,
 	}
 	latched := st != nil && r.latchedLocked(st)
 	decided, units := r.decidedLocked(), r.unitsLocked()

@@ -75,7 +75,7 @@ func (r *Rollout) register() (unregister func(), err error) {
 	in.outcomes, errs[1] = m.Int64ObservableCounter("rollout.outcomes", metric.WithUnit("{outcome}"),
 		metric.WithDescription("Outcomes of this process's decisions, by ring, cohort and metric; of a rate also by whether they were bad, of a mix by label."))
 	in.dropped, errs[2] = m.Int64ObservableCounter("rollout.dropped", metric.WithUnit("{item}"),
-		metric.WithDescription("What did not count: decisions without a unit, late, unknown and invalid observations, events for slow subscribers."))
+		metric.WithDescription("What did not count: decisions without a unit, late, unknown and invalid observations, outcomes that may have been judged, events for slow subscribers."))
 	in.share, errs[3] = m.Float64ObservableGauge("rollout.share", metric.WithUnit("%"),
 		metric.WithDescription("Share of a ring that gets the candidate."))
 	in.stage, errs[4] = m.Int64ObservableGauge("rollout.stage", metric.WithUnit("{stage}"),
@@ -115,7 +115,7 @@ func (r *Rollout) observe(o metric.Observer, in *instruments) {
 	o.ObserveInt64(in.sessions, int64(st.Sessions.Control), r.attributes(cohort(Control)))
 	o.ObserveInt64(in.sessions, int64(st.Sessions.Candidate), r.attributes(cohort(Candidate)))
 	r.observeOutcomes(o, in)
-	for reason, n := range map[string]uint64{"no unit": st.NoUnit, "late": st.Late, "unknown metric": st.Unknown, "invalid": st.Invalid, "slow subscriber": st.Dropped} {
+	for reason, n := range map[string]uint64{"no unit": st.NoUnit, "late": st.Late, "unknown metric": st.Unknown, "invalid": st.Invalid, "unsure": st.Unsure, "slow subscriber": st.Dropped} {
 		o.ObserveInt64(in.dropped, int64(n), r.attributes(attribute.String(keyReason, reason)))
 	}
 	for i, name := range stateNames {

@@ -23,6 +23,9 @@ func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State,
 	s.Gen, s.Ver = max(stored.Gen, known.Gen), max(stored.Ver, known.Ver)+1
 	s.Epoch, s.Round, s.Term = max(stored.Epoch, known.Epoch), max(stored.Round, known.Round), max(stored.Term, known.Term)
 	s.Effects, s.Settled = stored.Effects || known.Effects, max(stored.Settled, known.Settled)
+	if s.Phase == Pending || s.Phase == Running || s.Phase == Held { // whether effects are to stay is open again
+		s.Settled = min(s.Settled, s.Gen-1)
+	}
 	for _, w := range slices.Concat(stored.Waives, known.Waives) {
 		if !slices.Contains(s.Waives, w) && s.waived() < MaxWaives {
 			s.Waives = append(s.Waives, w)

@@ -206,3 +206,23 @@ func TestRejoinUndoes(t *testing.T) {
 		t.Errorf("joined are %v with %+v and %v", joined.Rings, joined.Steps, joined.Waives)
 	}
 }
+
+// TestRejoinUncompletes: a store that goes back to before completion has a rollout again whose effects a rollback undoes.
+func TestRejoinUncompletes(t *testing.T) {
+	s, p := undoing(t)
+	stored := s.Clone()
+	for range p.Stages {
+		apply(t, s, p, Verb{Name: VerbAdvance, Stage: s.Stage.Name})
+	}
+	if s.Phase != Completed || s.Settled != s.Gen {
+		t.Fatalf("it is %v, settled up to %d", s.Phase, s.Settled)
+	}
+	joined, _ := Rejoin(stored, s, p, "m", epoch0)
+	if joined.Phase != Running {
+		t.Fatalf("it is %v", joined.Phase)
+	}
+	apply(t, joined, p, Verb{Name: VerbRollback})
+	if !slices.ContainsFunc(joined.Steps, func(st StepState) bool { return st.Name == UndoStep && st.From < joined.Gen }) {
+		t.Errorf("a rollback has the steps %+v, settled is %d of %d", joined.Steps, joined.Settled, joined.Gen)
+	}
+}
