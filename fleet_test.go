@@ -35,6 +35,7 @@ type sim struct {
 	units int
 	depth int
 	calm  bool
+	long  bool // lives and outages are, and the store does not go back: what takes long is met
 	wrong []string
 
 	stats struct{ travels, deaths, folded, judged, dropped, rebased, pruned int }
@@ -445,7 +446,11 @@ func (s *sim) turn(p *replica) {
 		}
 	}
 	ctx := context.Background()
-	switch k := s.rnd.IntN(200); {
+	k := s.rnd.IntN(200)
+	if s.long && s.rnd.IntN(4) > 0 {
+		k = 12 // fewer verbs
+	}
+	switch {
 	case s.calm || k >= 12:
 		p.tick(ctx, &p.clock, false)
 		p.clock.alarm = false
@@ -477,7 +482,15 @@ func (p *replica) rollback(s *sim) error {
 	return err
 }
 
-func (p *replica) served() bool { return served(p.Rollout) }
+// served reports whether a replica serves the candidate to anybody.
+func (p *replica) served() bool {
+	for i := range 50 {
+		if p.Peek(Unit{Key: fmt.Sprint(i), Groups: staffOnly}).Enabled() {
+			return true
+		}
+	}
+	return served(p.Rollout)
+}
 
 // exposed judges what a replica serves.
 func (s *sim) exposed(p *replica) {
@@ -518,17 +531,20 @@ func (s *sim) chaos() {
 	switch k := s.rnd.IntN(100); {
 	case k < 30:
 		s.now = s.now.Add(time.Duration(s.rnd.IntN(8)) * time.Second)
-	case k < 36 && !p.busy:
+	case k < 36 && !p.busy && (!s.long || s.rnd.IntN(8) == 0):
 		version := p.version
-		if s.rnd.IntN(4) == 0 {
+		if s.rnd.IntN(4) == 0 && !s.long {
 			version = s.rnd.IntN(3)
 		}
 		s.begin(p.id, version)
 	case k < 42:
 		p.paused = s.rnd.IntN(40)
+		if s.long {
+			p.paused *= 4
+		}
 	case k < 46:
 		p.cut = true
-	case k < 60:
+	case k < 60 && (!s.long || s.rnd.IntN(4) == 0):
 		p.cut = false
 	case k < 70 && len(s.store.late) > 0:
 		i := s.rnd.IntN(len(s.store.late))
@@ -537,7 +553,7 @@ func (s *sim) chaos() {
 		late()
 	case k < 73:
 		s.store.shadow = append(s.store.shadow, maps.Clone(s.store.all))
-	case k < 75 && len(s.store.shadow) > 0 && s.stats.travels < 3:
+	case k < 75 && len(s.store.shadow) > 0 && s.stats.travels < 3 && !s.long:
 		s.travel()
 	default:
 		s.turn(p)
@@ -667,7 +683,7 @@ func (s *sim) once(p *replica, st *machine.State) {
 }
 
 func runSim(t *testing.T, seed uint64) *sim {
-	s := &sim{rnd: rand.New(rand.NewPCG(seed, 7)), t: t, now: driverStart}
+	s := &sim{rnd: rand.New(rand.NewPCG(seed, 7)), t: t, now: driverStart, long: seed%2 == 1}
 	s.store = &simStore{
 		s: s, all: map[string]kept{}, landed: map[string]*tally.Doc{}, torn: map[string]bool{}, folded: map[string]map[string]*tally.Doc{}, consume: map[string]map[tally.Key]tally.Counts{},
 		began: map[uint64]time.Time{}, counted: map[countedKey]uint64{},
@@ -680,7 +696,11 @@ func runSim(t *testing.T, seed uint64) *sim {
 	for i := range n {
 		s.begin(i, 0)
 	}
-	for range 400 {
+	steps := 400
+	if s.long {
+		steps = 1600
+	}
+	for range steps {
 		s.chaos()
 		if len(s.wrong) > 0 {
 			return s

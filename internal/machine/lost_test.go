@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -90,4 +91,73 @@ func TestMourn(t *testing.T) {
 	if _, err := Apply(s, p, Verb{Name: VerbRollback, Now: epoch0}); err != nil || len(s.Lost) != 0 {
 		t.Errorf("%+v, %v", s.Lost, err)
 	}
+}
+
+// TestFoldedIsConsumed: whenever processes count, die and are folded, everything that they have published is judged once,
+// even if no document has it any more when its block closes.
+func TestFoldedIsConsumed(t *testing.T) {
+	p := fixedPlan(t)
+	form := func(string) (Form, bool) { return Form{Cells: 2, Groups: 1}, true }
+	rapid.Check(t, func(t *rapid.T) {
+		s := New("x", p, "n")
+		Step(s, p, Input{Now: epoch0, MayAdvance: true})
+		key := tally.Key{Epoch: s.Epoch, Ring: "staff", Metric: "errors", Cells: 2}
+		live := map[string]*tally.Doc{}
+		published, judged := uint64(0), uint64(0)
+		evaluate := func(elapsed time.Duration, dead ...string) {
+			sum, in := &tally.Sum{}, Input{Now: epoch0, Elapsed: elapsed}
+			for _, d := range live {
+				sum.Add(d)
+			}
+			for _, inc := range dead { // sealed, and read once more
+				in.Dead = append(in.Dead, live[inc])
+				delete(live, inc)
+			}
+			if err := Take(s, p, Gathered{Sum: sum, Form: form}, &in); err != nil {
+				t.Fatal(err)
+			}
+			for _, b := range in.Blocks {
+				judged += judge.Count(b.Control) + judge.Count(b.Candidate)
+			}
+			in.Blocks = nil // whatever they say
+			Step(s, p, in)
+			if judged > published {
+				t.Fatalf("%d of %d are judged", judged, published)
+			}
+		}
+		lives := map[string]int{}
+		for i := range rapid.IntRange(1, 30).Draw(t, "turns") {
+			who := rapid.SampledFrom([]string{"a", "b", "c"}).Draw(t, "who")
+			inc := fmt.Sprint(who, lives[who])
+			d := live[inc]
+			switch rapid.IntRange(0, 3).Draw(t, "what") {
+			case 0, 1:
+				next := &tally.Doc{About: tally.About{Inc: inc, Seq: uint64(i + 1)}, Series: []tally.Series{{Key: key, Counts: tally.NewCounts(2)}}}
+				if d != nil {
+					next.Series[0].Counts = next.Series[0].Counts.Plus(d.Series[0].Counts)
+				}
+				for c := range 2 {
+					n := uint64(rapid.IntRange(0, 5).Draw(t, "outcomes"))
+					next.Series[0].Counts[c][0] += n
+					published += n
+				}
+				live[inc] = next
+			case 2:
+				evaluate(time.Second)
+			case 3:
+				if d != nil {
+					evaluate(time.Second, inc)
+					lives[who]++
+				}
+			}
+		}
+		for inc := range live {
+			evaluate(time.Second, inc)
+		}
+		evaluate(BlockAge)
+		evaluate(BlockAge)
+		if judged != published {
+			t.Fatalf("%d of %d are judged in the end", judged, published)
+		}
+	})
 }

@@ -49,19 +49,25 @@ func Take(s *State, p *Plan, g Gathered, in *Input) error {
 			keys = append(keys, k)
 		}
 	}
-	slices.SortFunc(keys, tally.Key.Compare)
 	next := make(tally.Ledger, len(s.Consumed))
 	for k, t := range s.Consumed {
-		if k.Epoch >= s.Oldest {
-			next[k] = t
+		if k.Epoch < s.Oldest {
+			continue
+		}
+		if next[k] = t; g.Sum.Totals[k] == nil && k.Epoch <= s.Epoch && t.Waits() {
+			keys = append(keys, k)
 		}
 	}
+	slices.SortFunc(keys, tally.Key.Compare)
 	for _, k := range keys {
 		form, ok := g.Form(k.Metric)
 		if !ok || form.Size() != k.Cells {
 			continue // of another policy
 		}
 		total, was := g.Sum.Totals[k], next[k]
+		if total == nil {
+			total = &tally.Total{Counts: tally.NewCounts(k.Cells)}
+		}
 		if was == nil {
 			was = &tally.Taken{Counts: tally.NewCounts(k.Cells), Closed: int64(clock)}
 		}

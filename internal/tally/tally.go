@@ -243,5 +243,20 @@ func (t *Taken) Less(x *Series) *Taken {
 	return &c
 }
 
+// Waits reports whether something of the series was folded that was not consumed yet, and all that was consumed is folded:
+// it may be that no document has the series any more.
+func (t *Taken) Waits() bool {
+	waits := int64(t.Ahead) < 0
+	for _, cohort := range t.Counts {
+		for _, n := range cohort {
+			if int64(n) > 0 {
+				return false
+			}
+			waits = waits || n != 0
+		}
+	}
+	return waits
+}
+
 // Ledger is how much of every series was consumed. Its values never change.
 type Ledger map[Key]*Taken
