@@ -73,6 +73,7 @@ type simStore struct {
 	consume map[string]map[tally.Key]tally.Counts // by timeline
 	began   map[uint64]time.Time                  // generations
 	counted map[countedKey]uint64                 // outcomes that processes have counted
+	read    map[string]bool                       // incarnations that a state has a cursor of, or had
 }
 
 // countedKey is where an outcome counts.
@@ -231,11 +232,12 @@ func (st *simStore) consumed(s *machine.State) map[tally.Key]tally.Counts {
 	return all
 }
 
-// published is all that was ever acknowledged, or could be, of a timeline.
-func (st *simStore) published(tl string) map[tally.Key]tally.Counts {
+// published is all that was ever acknowledged, or could be, of a timeline. A first document is acknowledged when a state
+// has its cursor: one that landed after all who were born with it were forgotten never is.
+func (st *simStore) published(tl string, floor uint64) map[tally.Key]tally.Counts {
 	all := map[tally.Key]tally.Counts{}
 	for key, d := range st.landed {
-		if !strings.Contains(key, "/ev/"+tl+"/") {
+		if !strings.Contains(key, "/ev/"+tl+"/") || d.Birth < floor && !st.read[d.Inc] {
 			continue
 		}
 		for _, x := range d.Series {
@@ -303,7 +305,7 @@ func (st *simStore) wroteState(value []byte) {
 			s.stats.folded++
 		}
 	}
-	now, all := st.consumed(next), st.published(tl)
+	now, all := st.consumed(next), st.published(tl, 0)
 	was := st.consume[tl]
 	for k, c := range now {
 		if k.Epoch < next.Oldest {
@@ -335,6 +337,12 @@ func (st *simStore) wroteAnyState(next *machine.State) {
 	}
 	if most := s.now.Sub(st.began[next.Gen]); next.Clock > most && s.stats.travels == 0 {
 		s.fail("generation %d accounts for %v after %v", next.Gen, next.Clock, most)
+	}
+	for inc := range next.Cursors {
+		st.read[inc] = true
+	}
+	for inc := range next.Retired {
+		st.read[inc] = true
 	}
 	for _, ring := range []string{"staff", Everyone} {
 		if n, most := judgedOf(next, ring), st.counted[countedKey{next.Gen, ring}]; n > most {
@@ -620,7 +628,7 @@ func (s *sim) settle() {
 	if s.store.torn[timeline(st)] {
 		return
 	}
-	all, now := s.store.published(timeline(st)), s.store.consumed(st)
+	all, now := s.store.published(timeline(st), st.Floor), s.store.consumed(st)
 	judging := slices.ContainsFunc(s.procs, func(p *replica) bool { return p.standing == machine.Current })
 	given := uint64(0) // up, because nobody knows any more whether it was counted
 	for _, p := range s.procs {
@@ -686,7 +694,7 @@ func runSim(t *testing.T, seed uint64) *sim {
 	s := &sim{rnd: rand.New(rand.NewPCG(seed, 7)), t: t, now: driverStart, long: seed%2 == 1}
 	s.store = &simStore{
 		s: s, all: map[string]kept{}, landed: map[string]*tally.Doc{}, torn: map[string]bool{}, folded: map[string]map[string]*tally.Doc{}, consume: map[string]map[tally.Key]tally.Counts{},
-		began: map[uint64]time.Time{}, counted: map[countedKey]uint64{},
+		began: map[uint64]time.Time{}, counted: map[countedKey]uint64{}, read: map[string]bool{},
 	}
 	n := 3
 	if seed%5 == 0 {
