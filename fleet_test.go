@@ -301,7 +301,9 @@ func (st *simStore) wroteState(value []byte) {
 			if !d.Sealed || d.Seq != next.Retired[inc].Seq {
 				s.fail("%s is retired at cut %d, and its document is at %d, sealed: %v", inc, next.Retired[inc].Seq, d.Seq, d.Sealed)
 			}
-			st.folded[tl][inc] = d
+			left := *d // what is over is not subtracted any more
+			left.Series = slices.DeleteFunc(slices.Clone(d.Series), func(x tally.Series) bool { return x.Epoch < next.Oldest })
+			st.folded[tl][inc] = &left
 			s.stats.folded++
 		}
 	}
@@ -546,15 +548,17 @@ func (s *sim) chaos() {
 		}
 		s.begin(p.id, version)
 	case k < 42:
-		p.paused = s.rnd.IntN(40)
-		if s.long {
-			p.paused *= 4
+		switch {
+		case !s.long:
+			p.paused = s.rnd.IntN(40)
+		case s.rnd.IntN(6) == 0:
+			p.paused = s.rnd.IntN(160)
 		}
 	case k < 46:
 		p.cut = true
 	case k < 60 && (!s.long || s.rnd.IntN(4) == 0):
 		p.cut = false
-	case k < 70 && len(s.store.late) > 0:
+	case k < 70 && len(s.store.late) > 0 && (!s.long || s.rnd.IntN(10) == 0):
 		i := s.rnd.IntN(len(s.store.late))
 		late := s.store.late[i]
 		s.store.late = slices.Delete(s.store.late, i, i+1)
@@ -678,6 +682,18 @@ func (s *sim) once(p *replica, st *machine.State) {
 				c = tally.NewCounts(x.Cells)
 			}
 			sums[x.Key] = c.Plus(x.Counts)
+		}
+	}
+	for _, x := range counted.Series {
+		if x.Epoch < st.Oldest || x.Metric != Errors.Name() || s.stats.travels > 0 || p.standing != machine.Current {
+			continue
+		}
+		published := uint64(0)
+		if c, ok := sums[x.Key]; ok {
+			published = total2(c)
+		}
+		if n := total2(x.Counts); n > published+p.unsure.Load() {
+			s.fail("r%d has counted %d of %v and published %d", p.id, n, x.Key, published)
 		}
 	}
 	for k, c := range sums {
