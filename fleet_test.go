@@ -26,17 +26,18 @@ var (
 // its own. Each call of the store is an interleaving point: another replica may have a turn before it, or after. What is
 // applied to the store is judged at once, by what only the simulation can see.
 type sim struct {
-	rnd   *rand.Rand
-	t     *testing.T
-	now   time.Time
-	store *simStore
-	procs []*replica
-	lives int
-	units int
-	depth int
-	calm  bool
-	long  bool // lives and outages are, and the store does not go back: what takes long is met
-	wrong []string
+	rnd    *rand.Rand
+	t      *testing.T
+	now    time.Time
+	store  *simStore
+	procs  []*replica
+	lives  int
+	unsure uint64 // outcomes that the dead had given up
+	units  int
+	depth  int
+	calm   bool
+	long   bool // lives and outages are, and the store does not go back: what takes long is met
+	wrong  []string
 
 	stats struct{ travels, deaths, folded, judged, dropped, rebased, pruned int }
 }
@@ -232,6 +233,15 @@ func (st *simStore) consumed(s *machine.State) map[tally.Key]tally.Counts {
 	return all
 }
 
+// counts is what counts of the last document that an incarnation published: what it added to one that was created once more
+// after it was folded, nobody reads.
+func (st *simStore) counts(tl string, d *tally.Doc) *tally.Doc {
+	if folded := st.folded[tl][d.Inc]; folded != nil && folded.Seq < d.Seq {
+		return folded
+	}
+	return d
+}
+
 // published is all that was ever acknowledged, or could be, of a timeline. A first document is acknowledged when a state
 // has its cursor: one that landed after all who were born with it were forgotten never is.
 func (st *simStore) published(tl string, floor uint64) map[tally.Key]tally.Counts {
@@ -240,6 +250,7 @@ func (st *simStore) published(tl string, floor uint64) map[tally.Key]tally.Count
 		if !strings.Contains(key, "/ev/"+tl+"/") || d.Birth < floor && !st.read[d.Inc] {
 			continue
 		}
+		d = st.counts(tl, d)
 		for _, x := range d.Series {
 			c, ok := all[x.Key]
 			if !ok {
@@ -421,6 +432,7 @@ func (s *sim) begin(id, version int) {
 	r.startClock()
 	if old := s.procs[id]; old != nil {
 		old.dead = true
+		s.unsure += old.unsure.Load()
 		s.stats.deaths++
 	}
 	s.procs[id] = p
@@ -634,7 +646,7 @@ func (s *sim) settle() {
 	}
 	all, now := s.store.published(timeline(st), st.Floor), s.store.consumed(st)
 	judging := slices.ContainsFunc(s.procs, func(p *replica) bool { return p.standing == machine.Current })
-	given := uint64(0) // up, because nobody knows any more whether it was counted
+	given := s.unsure // up, because nobody knows any more whether it was counted
 	for _, p := range s.procs {
 		given += p.unsure.Load()
 	}
@@ -676,7 +688,7 @@ func (s *sim) once(p *replica, st *machine.State) {
 		if !strings.Contains(key, "/"+p.replica+"-") || !strings.Contains(key, fmt.Sprintf("/ev/%d.", st.Gen)) {
 			continue
 		}
-		for _, x := range d.Series {
+		for _, x := range s.store.counts(timeline(st), d).Series {
 			c, ok := sums[x.Key]
 			if !ok {
 				c = tally.NewCounts(x.Cells)

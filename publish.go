@@ -25,6 +25,7 @@ type publisher struct {
 	rev       uint64     // of the document, as far as it is known; 0: there is none
 	acked     *tally.Doc // the last one that is there for certain
 	pending   *tally.Doc // one that may be
+	first     *tally.Doc // the first one, until it is confirmed: it may have been folded, and created once more
 	confirmed bool       // some state has counted it
 	sent      time.Time
 }
@@ -139,10 +140,18 @@ func (r *Rollout) send(ctx context.Context) error {
 	value := p.pending.Encode()
 	rev, swapped, err := r.put(ctx, p.key(r), p.rev, value)
 	if err == nil && swapped {
-		p.rev, p.acked, p.pending, p.sent = rev, p.pending, nil, r.now()
+		p.landed(rev, r.now())
 		return nil
 	}
 	return r.resolve(ctx)
+}
+
+// landed notes that the pending document is there.
+func (p *publisher) landed(rev uint64, now time.Time) {
+	p.rev, p.acked, p.pending, p.sent = rev, p.pending, nil, now
+	if p.first == nil && !p.confirmed {
+		p.first = p.acked
+	}
 }
 
 // resolve finds out whether the pending document is there.
@@ -164,7 +173,7 @@ func (r *Rollout) resolve(ctx context.Context) error {
 	case d.Sealed:
 		r.sealed(d)
 	case d.Seq == p.pending.Seq:
-		p.rev, p.acked, p.pending, p.sent = rev, p.pending, nil, r.now()
+		p.landed(rev, r.now())
 	case p.acked != nil && d.Seq == p.acked.Seq:
 		p.rev = rev // it is not there: the same bytes again, at the next tick
 	default:
@@ -215,6 +224,8 @@ func (r *Rollout) retired(st *machine.State, seq uint64) {
 	switch {
 	case p.acked != nil && seq == p.acked.Seq:
 		counted = p.acked
+	case p.first != nil && seq == p.first.Seq: // what came after it was added to a document that nobody reads
+		counted = p.first
 	case p.pending == nil || seq != p.pending.Seq:
 		if counted == nil {
 			counted = p.acked
@@ -264,7 +275,7 @@ func (r *Rollout) confirm(st *machine.State) {
 		return
 	}
 	if _, ok := st.Cursors[p.inc]; ok {
-		p.confirmed = true
+		p.confirmed, p.first = true, nil
 	} else if p.birth < st.Floor {
 		if !p.confirmed {
 			r.drop(p.acked) // nobody reads it; but it may have been counted, and forgotten
