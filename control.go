@@ -89,6 +89,7 @@ func (r *Rollout) evaluate(ctx context.Context, c *clock, last bool) error {
 			}
 		}
 		r.confirm(l.stored)
+		r.joins(l.stored)
 		if l.standing != machine.Current && !l.dirty {
 			r.follow(l.stored, l.standing, nil)
 			return r.project(ctx, l.stored)
@@ -104,7 +105,7 @@ func (r *Rollout) evaluate(ctx context.Context, c *clock, last bool) error {
 			in := r.input(at)
 			in.Elapsed = l.st.Account(followed)
 			since := l.st.Since
-			var tasks []func(context.Context)
+			var tasks []func(context.Context) error
 			if l.st.Phase == machine.Running || l.st.Phase == machine.Held {
 				if tasks, err = r.gather(ctx, l.st, &in, c.alarm, last); err != nil {
 					return err
@@ -125,7 +126,9 @@ func (r *Rollout) evaluate(ctx context.Context, c *clock, last bool) error {
 				news++
 			}
 			for _, task := range tasks { // whatever of it fails is found again
-				task(ctx)
+				if task(ctx) != nil {
+					break
+				}
 			}
 			// Whoever begins to follow the time of a rollout that nobody else follows begins it anew: else what is accounted for
 			// would be waited for again, by each of many short lives.
@@ -186,7 +189,7 @@ const (
 
 // gather lists what everybody has published, and takes what is new of it. The state was loaded before: what it has
 // consumed is there. It returns what is to be cleared away besides: documents to be sealed, and those never read again.
-func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Input, alarm, last bool) (tasks []func(context.Context), err error) {
+func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Input, alarm, last bool) (tasks []func(context.Context) error, err error) {
 	docs, outdated, err := r.documents(ctx, st)
 	if err != nil {
 		return nil, err
@@ -304,7 +307,7 @@ func (r *Rollout) without(ctx context.Context, st *machine.State, in *machine.In
 		if err != nil {
 			return err
 		}
-		if about, err := tally.Peek(value); rev != 0 && err == nil && about.Inc == inc && about.Seq >= st.Cursors[inc].Seq {
+		if d, err := tally.Decode(value); rev != 0 && err == nil && d.Inc == inc && d.Seq >= st.Cursors[inc].Seq {
 			return nil // it is there after all
 		}
 	}
@@ -330,28 +333,31 @@ func (r *Rollout) shareOf(st *machine.State) func(uint64, string) (float64, bool
 }
 
 // clearTask deletes a document that is never read again.
-func (r *Rollout) clearTask(key string) func(context.Context) {
-	return func(ctx context.Context) {
-		if _, rev, err := r.get(ctx, key); err == nil && rev != 0 {
-			_, _, _ = r.put(ctx, key, rev, nil)
+func (r *Rollout) clearTask(key string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		_, rev, err := r.get(ctx, key)
+		if err == nil && rev != 0 {
+			_, _, err = r.put(ctx, key, rev, nil)
 		}
+		return err
 	}
 }
 
 // sealTask seals the document of an incarnation that is taken for dead: what it has is all it will ever have.
-func (r *Rollout) sealTask(st *machine.State, inc string, seq uint64) func(context.Context) {
+func (r *Rollout) sealTask(st *machine.State, inc string, seq uint64) func(context.Context) error {
 	key := r.evidencePrefix(st.Gen, st.Nonce) + inc
-	return func(ctx context.Context) {
+	return func(ctx context.Context) error {
 		value, rev, err := r.get(ctx, key)
 		if err != nil || rev == 0 {
-			return
+			return err
 		}
 		d, err := tally.Decode(value)
 		if err != nil || d.Seq != seq || d.Sealed {
-			return
+			return nil
 		}
 		d.Sealed = true
-		_, _, _ = r.put(ctx, key, rev, d.Encode())
+		_, _, err = r.put(ctx, key, rev, d.Encode())
+		return err
 	}
 }
 
@@ -404,6 +410,41 @@ type alone struct {
 	at   time.Time
 }
 
+// fork is that this process has judged the candidate by itself, and taken it out of use: until the others, who know its
+// evidence by then, have decided anew. The zero value is that it has not.
+type fork struct {
+	gen   uint64
+	open  bool   // its evidence is not judged with that of all yet
+	inc   string // where it was published, at this cut or before
+	seq   uint64
+	epoch uint64 // in force when it was judged
+}
+
+// holds reports whether the candidate is out of use in a state. What is completed is what everybody has.
+func (f fork) holds(st *machine.State) bool {
+	return f.gen == st.Gen && f.gen != 0 && st.Phase != machine.Completed && (f.open || st.Epoch <= f.epoch)
+}
+
+// joins looks whether the evidence by which this process has taken the candidate out of use is judged in a stored state.
+func (r *Rollout) joins(st *machine.State) {
+	p := &r.pub
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	f := &r.fork
+	switch {
+	case st == nil || !f.open || f.gen != st.Gen || p.gen != st.Gen || p.nonce != st.Nonce || p.pending != nil:
+		return
+	case f.inc != p.inc:
+		if f.inc = p.inc; p.acked != nil { // all of it, or what is left of it where it was folded meanwhile
+			f.seq = p.acked.Seq
+		}
+	}
+	if p.acked == nil || st.Cursors[f.inc].Seq >= f.seq {
+		f.open, f.epoch = false, st.Epoch
+		r.publishLocked()
+	}
+}
+
 // cutOff is a tick without the Store: shares stay or fall, never rise. What was counted since the last document goes on
 // being judged, and a rollback it calls for is in force here at once.
 func (r *Rollout) cutOff(ctx context.Context, c *clock) {
@@ -435,7 +476,11 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 	}
 	next := c.alone.st.Clone()
 	plan := *r.plan
-	plan.Judge = r.plan.Judge.Among(st.Live) // each of so many may be cut off, and judge
+	others := st.Live
+	if p.confirmed && p.gen == st.Gen && p.nonce == st.Nonce {
+		others-- // this process counts
+	}
+	plan.Judge = r.plan.Judge.Among(others + 1) // each of so many may be cut off, and judge
 	if p.gen == st.Gen && p.nonce == st.Nonce {
 		sum := &tally.Sum{}
 		sum.Add(r.unpublished(st))
@@ -445,19 +490,25 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 	}
 	r.addSources(next, &in)
 	in.Rationales = r.rationales() // after the counts: each is kept before it is counted
-	machine.Step(next, &plan, in)
+	events := machine.Step(next, &plan, in)
 	next.Elapsed, next.Baked, next.Quiet = st.Elapsed, st.Baked, st.Quiet // the time without the Store is not the stage's
 	c.alone.st, c.alone.at = next, at
-	if !next.Phase.Latched() {
-		return
-	}
-	if in := next.Incident; st.Live > 1 {
-		// The others decide when they are heard again.
-		r.logger().Error("rollout: the candidate is out of use here, for as long as the Store cannot be used", "rollout", r.name, "gate", in.Gate, "cause", in.Note)
+	switch {
+	case next.Phase.Latched() && others == 0:
+	case next.Phase.Latched(), next.Epoch != st.Epoch: // whatever takes share away takes all of it, as no other share is known to others
+		gate, note := "", ""
+		for _, e := range events {
+			if e.Gate != "" {
+				gate, note = e.Gate, e.Note
+			}
+		}
+		r.logger().Error("rollout: the candidate is out of use here, until the evidence of this process is judged with that of all", "rollout", r.name, "gate", gate, "cause", note)
 		r.mu.Lock()
-		r.fork = snapKey{gen: st.Gen, epoch: st.Epoch}
+		r.fork = fork{gen: st.Gen, open: true}
 		r.publishLocked()
 		r.mu.Unlock()
+		return
+	default:
 		return
 	}
 	r.logger().Error("rollout: rolled back here; the Store cannot be told yet", "rollout", r.name, "gate", next.Incident.Gate, "cause", next.Incident.Note)

@@ -231,7 +231,7 @@ func (p *proc) evaluate(passed time.Duration) {
 	if st == nil || st.Settled == 0 {
 		return
 	}
-	if now := (clearing{st.Settled, st.KeptRings()}); now != p.cleared && p.clear(context.Background(), st) == nil {
+	if now := (clearing{st.Settled, st.KeptRings()}); now != p.cleared && p.clear(context.Background()) == nil {
 		p.cleared = now
 	}
 }

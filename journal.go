@@ -459,7 +459,14 @@ func (r *Rollout) remove(ctx context.Context, key string, rev uint64) error {
 }
 
 // clear removes what is journalled and settled in a state.
-func (r *Rollout) clear(ctx context.Context, st *machine.State) error {
+func (r *Rollout) clear(ctx context.Context) error {
+	st, _, err := r.load(ctx)
+	if err != nil {
+		return err
+	}
+	if st == nil || st.Settled == 0 || older(st, r.following()) { // the store went back: nothing is settled for certain
+		return nil
+	}
 	es, err := r.entries(ctx, func(gen uint64, ring string, unread bool) bool {
 		return gen <= st.Settled && !st.Kept(gen, ring, unread)
 	})

@@ -105,8 +105,10 @@ func (r *Rollout) count(st *machine.State) *tally.Doc {
 func (r *Rollout) breaches(st *machine.State, before *tally.Doc) *tally.Doc {
 	d := &tally.Doc{}
 	for _, s := range before.Series {
-		s.Events = 0 // counted below
-		d.Series = append(d.Series, s)
+		if s.Epoch >= st.Oldest {
+			s.Events = 0 // counted below
+			d.Series = append(d.Series, s)
+		}
 	}
 	for _, l := range r.ledgersOf(st) {
 		for i := range l.rings {

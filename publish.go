@@ -107,7 +107,7 @@ func (r *Rollout) publish(ctx context.Context, alarm, last bool) error {
 		if len(d.Series) == 0 && len(d.Open) == 0 {
 			return nil
 		}
-	} else if d.Same(p.acked) && (len(d.Open) == 0 || r.now().Sub(p.sent) < 12*r.o.Interval) {
+	} else if d.Same(p.acked) && (len(d.Open) == 0 || r.now().Sub(p.sent) < min(12*r.o.Interval, time.Minute)) {
 		return nil
 	}
 	if p.acked == nil { // whatever was forgotten before has nothing of it
@@ -259,7 +259,14 @@ func (r *Rollout) sealed(d *tally.Doc) {
 // drop counts outcomes of which it is not known whether they were judged.
 func (r *Rollout) drop(d *tally.Doc) {
 	for i := range d.Series {
-		r.unsure.Add(d.Series[i].Counts.Sum(0) + d.Series[i].Counts.Sum(1))
+		s := &d.Series[i]
+		if form, ok := r.formOf(s.Metric); ok && form.Size() == s.Cells && form != silenceForm && form != splitForm {
+			for _, cells := range s.Counts {
+				for _, n := range cells[:form.Cells*form.Groups] {
+					r.unsure.Add(n)
+				}
+			}
+		}
 	}
 }
 

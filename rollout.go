@@ -113,7 +113,7 @@ type Rollout struct {
 	latch       map[uint64]bool // generations that are rolled back here, whatever is stored
 	revoked     map[uint64]bool // of them, those whose rollback is stored, or could not be
 	leashes     map[leashKey]*leash
-	fork        snapKey        // up to this epoch the candidate is rolled back here, by this process's own evidence
+	fork        fork           // the candidate is out of use here, by this process's own evidence
 	latchAny    bool           // so is the first one that will be loaded
 	intent      *intent        // a rollback that is not stored yet
 	stale       bool           // the lease is over

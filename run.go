@@ -221,7 +221,7 @@ type clearing struct {
 // clearJournal removes what is journalled of generations that are settled, once each.
 func (r *Rollout) clearJournal(ctx context.Context, work *sync.WaitGroup, busy chan struct{}) {
 	st := r.following()
-	if st == nil || st.Settled == 0 || r.cleared == (clearing{st.Settled, st.KeptRings()}) {
+	if st == nil || r.cleared == (clearing{st.Settled, st.KeptRings()}) {
 		return
 	}
 	select {
@@ -232,7 +232,7 @@ func (r *Rollout) clearJournal(ctx context.Context, work *sync.WaitGroup, busy c
 	r.cleared = clearing{st.Settled, st.KeptRings()}
 	work.Go(func() {
 		defer func() { <-busy }()
-		for attempt := 0; r.clear(ctx, st) != nil; attempt++ {
+		for attempt := 0; r.clear(ctx) != nil; attempt++ {
 			if !sleep(ctx, backoff(attempt)) {
 				return
 			}

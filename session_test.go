@@ -313,7 +313,7 @@ func (p *process) completeAll(n int) {
 	p.is(Completed, "")
 }
 
-// TestStepsOfAnother: a process with sessions on the candidate leaves the steps to one that has none.
+// TestStepsOfAnother: a process that has counted nothing waits with the steps for the sessions of the only one that has.
 func TestStepsOfAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := MemStore()
@@ -323,12 +323,17 @@ func TestStepsOfAnother(t *testing.T) {
 		r := start(t, "x", p, Options{Store: store})
 		start(t, "x", p, Options{Store: store})
 		_, s := r.Begin(t.Context(), r.of(Candidate))
+		minute()
 		must(t, r.Rollback(t.Context(), "stop"))
+		minute()
+		if done.Load() {
+			t.Error("a step was made while a session of the candidate goes on")
+		}
+		s.End(nil)
 		minute()
 		if r.is(RolledBack, ""); !done.Load() {
 			t.Error("no step was made")
 		}
-		s.End(nil)
 	})
 }
 

@@ -103,7 +103,7 @@ func (r *Rollout) pause(ctx context.Context) {
 func (r *Rollout) awaitOthers(ctx context.Context) (behind []string, ok bool) {
 	for waited := time.Duration(0); ; {
 		st := r.following()
-		if !r.shared || st.Live <= 1 || !st.Phase.Latched() || len(st.Steps) == 0 || st.Steps[0].Attempts > 0 {
+		if !r.shared || !st.Phase.Latched() || len(st.Steps) == 0 || st.Steps[0].Attempts > 0 {
 			return nil, ctx.Err() == nil
 		}
 		docs, _, err := r.documents(ctx, st)
@@ -235,7 +235,10 @@ func (r *Rollout) try(ctx context.Context, st *machine.State, step machine.StepS
 	if !ok {
 		return "there is no step of this name in the policy", 0
 	}
-	in := *r.incidentOf(st, st.Incident)
+	var in Incident
+	if st.Incident != nil {
+		in = *r.incidentOf(st, st.Incident)
+	}
 	in.Key, in.Fence = fmt.Sprintf("%s/%d/%s", r.name, st.Gen, step.Name), fence
 	limited, timeout := context.WithTimeout(ctx, do.Timeout)
 	defer timeout()

@@ -469,6 +469,9 @@ func (r *Rollout) refresh(ctx context.Context) error {
 	p := &r.pub
 	unconfirmed := p.acked != nil && !p.confirmed
 	behind := head == nil || known == nil || older(head, known)
+	r.mu.Lock()
+	unconfirmed = unconfirmed || r.fork.open
+	r.mu.Unlock()
 	if !steps && !unconfirmed && !behind && r.standingNow() != machine.Follower {
 		return nil
 	}
@@ -482,6 +485,7 @@ func (r *Rollout) refresh(ctx context.Context) error {
 		return nil
 	}
 	r.confirm(st)
+	r.joins(st)
 	standing := machine.Stands(st, r.plan)
 	if r.yields(st) {
 		standing = machine.Yields(st, r.plan)
@@ -504,7 +508,7 @@ func (r *Rollout) latchedLocked(st *machine.State) bool {
 	if r.standing == machine.Done {
 		gen = r.ownGenLocked(st)
 	}
-	return r.latch[gen] || r.latchAny || st.Gen == r.fork.gen && st.Epoch <= r.fork.epoch
+	return r.latch[gen] || r.latchAny || r.fork.holds(st)
 }
 
 // ownGenLocked is the generation of this process's version, where it serves an earlier one's.

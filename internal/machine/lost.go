@@ -32,7 +32,7 @@ func (m *move) bury(dead []*tally.Doc) {
 		m.retire(d.Inc, Cursor{Seq: d.Seq, Round: m.Round, Birth: d.Birth})
 		for i := range d.Series {
 			s := &d.Series[i]
-			if s.Epoch < m.Oldest {
+			if s.Epoch < m.Oldest || s.Epoch > m.Epoch {
 				continue
 			}
 			t := m.Consumed[s.Key]
@@ -86,14 +86,14 @@ func (m *move) lose(o Open) {
 	m.Lost = append(m.Lost, o)
 }
 
-// plus is the sum, in a slice of its own.
+// plus is the sum, in a slice of its own, of what Open.Valid allows.
 func plus(a, b []uint64) []uint64 {
 	if len(a) == 0 {
 		return b
 	}
 	sum := slices.Clone(a)
 	for i, n := range b {
-		sum[i] += n
+		sum[i] = min(sum[i]+n, tally.MaxOpen)
 	}
 	return sum
 }

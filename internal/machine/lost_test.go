@@ -161,3 +161,57 @@ func TestFoldedIsConsumed(t *testing.T) {
 		}
 	})
 }
+
+// TestForeignSeries: what a sealed document has that no process of this rollout could have counted leaves a state that can be read.
+func TestForeignSeries(t *testing.T) {
+	p := fixedPlan(t)
+	s := New("x", p, "n")
+	Step(s, p, Input{Now: epoch0, MayAdvance: true})
+	junk := func(inc string) *tally.Doc {
+		d := &tally.Doc{About: tally.About{Inc: inc, Seq: 1, Birth: 1, Sealed: true}}
+		for i := range 3000 {
+			c := tally.NewCounts(1)
+			c[0][0] = 1
+			d.Series = append(d.Series, tally.Series{Key: tally.Key{Epoch: 1 << 40, Ring: inc, Metric: fmt.Sprintf("%04d", i), Cells: 1}, Counts: c})
+		}
+		b := d.Encode()
+		if d, err := tally.Decode(b); err != nil {
+			t.Fatal(err)
+		} else {
+			return d
+		}
+		return nil
+	}
+	Step(s, p, Input{Now: epoch0, Dead: []*tally.Doc{junk("a")}})
+	Step(s, p, Input{Now: epoch0, Dead: []*tally.Doc{junk("b")}})
+	b, err := s.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Decode("x", b); err != nil {
+		t.Errorf("%d bytes are written, and: %v", len(b), err)
+	}
+}
+
+// TestLostOpen: so does more open work than there can be.
+func TestLostOpen(t *testing.T) {
+	p := fixedPlan(t)
+	s := New("x", p, "n")
+	Step(s, p, Input{Now: epoch0, MayAdvance: true})
+	by := make([]uint64, 64)
+	by[0] = 1 << 40
+	o := Open{Ring: "staff", Gen: s.Gen, Candidate: by}
+	d := &tally.Doc{About: tally.About{Inc: "a", Seq: 1, Birth: 1, Sealed: true, Open: []Open{o, o}}}
+	d, err := tally.Decode(d.Encode())
+	if err != nil {
+		t.Fatal(err)
+	}
+	Step(s, p, Input{Now: epoch0, Dead: []*tally.Doc{d}})
+	b, err := s.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Decode("x", b); err != nil {
+		t.Errorf("it is written, and: %v", err)
+	}
+}

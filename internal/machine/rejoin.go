@@ -21,7 +21,8 @@ func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State,
 	}
 	m := move{State: s, p: p, now: now}
 	s.Gen, s.Ver = max(stored.Gen, known.Gen), max(stored.Ver, known.Ver)+1
-	s.Epoch, s.Round, s.Term = max(stored.Epoch, known.Epoch), max(stored.Round, known.Round), max(stored.Term, known.Term)
+	s.Epoch, s.Round = max(stored.Epoch, known.Epoch), max(stored.Round, known.Round)
+	s.Term, s.Runner = max(stored.Term, known.Term)+1, "" // whoever runs steps has to take them over: two may have the same term
 	s.Effects, s.Settled = stored.Effects || known.Effects, max(stored.Settled, known.Settled)
 	if s.Phase == Pending || s.Phase == Running || s.Phase == Held { // whether effects are to stay is open again
 		s.Settled = min(s.Settled, s.Gen-1)
@@ -47,6 +48,9 @@ func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State,
 		if stored.Phase.Latched() && !s.Phase.Latched() {
 			m.rollback(stored.Incident)
 		}
+	}
+	if s.Phase == Running && known.Phase == Held && known.Gen == s.Gen && known.Hold != nil {
+		m.hold(*known.Hold, nil)
 	}
 	if s.Phase == Running && slices.Contains(s.Rings, s.Stage.Ring) {
 		m.hold(HoldCause{Kind: HeldByRings, Note: s.Stage.Ring + " is rolled back"}, nil)

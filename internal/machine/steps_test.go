@@ -226,3 +226,50 @@ func TestRejoinUncompletes(t *testing.T) {
 		t.Errorf("a rollback has the steps %+v, settled is %d of %d", joined.Steps, joined.Settled, joined.Gen)
 	}
 }
+
+// TestRejoinTerm: a store that goes back to before another process took the steps over does not leave two with one term.
+func TestRejoinTerm(t *testing.T) {
+	p := fixedPlan(t)
+	p.Steps = []string{"one", "two"}
+	s := New("x", p, "n")
+	Step(s, p, Input{Now: epoch0, MayAdvance: true})
+	Apply(s, p, Verb{Name: VerbRollback})
+	BeginAttempt(s, "x", false)
+	snapshot := s.Clone() // term 1, x
+	// y takes over and does step one: ver rises
+	BeginAttempt(s, "y", true)
+	EndAttempt(s, p, epoch0, Attempt{Name: "one", Gen: s.Steps[0].Gen})
+	if s.Runner != "y" || s.Term != 2 {
+		t.Fatal(s.Runner, s.Term)
+	}
+	known := s.Clone() // y is at step two now, term 2
+	BeginAttempt(known, "y", false)
+	// the store went back; z, which has just started, takes over from x there
+	BeginAttempt(snapshot, "z", true)
+	if snapshot.Runner != "z" || snapshot.Term != 2 {
+		t.Fatal(snapshot.Runner, snapshot.Term)
+	}
+	joined, _ := Rejoin(snapshot, known, p, "m", epoch0)
+	if joined.Term <= 2 {
+		t.Errorf("z runs step %q in term 2, y runs %q in term 2, and the joined state has term %d of %s", "one", "two", joined.Term, joined.Runner)
+	}
+}
+
+// TestRejoinTermRing: nor one with the term of another, where a ring alone is undone.
+func TestRejoinTermRing(t *testing.T) {
+	p := fixedPlan(t)
+	p.Undoes = true
+	s := New("x", p, "n")
+	Step(s, p, Input{Now: epoch0, MayAdvance: true})
+	Apply(s, p, Verb{Name: VerbRollbackRing, Ring: "staff"})
+	BeginAttempt(s, "x", false)
+	snapshot := s.Clone() // term 1, x
+	BeginAttempt(s, "y", true)
+	Apply(s, p, Verb{Name: VerbHold})
+	Apply(s, p, Verb{Name: VerbApprove, Stage: s.Stage.Name})
+	known := s.Clone()
+	joined, _ := Rejoin(snapshot, known, p, "m", epoch0)
+	if joined.Runner != "y" && joined.Term == known.Term {
+		t.Errorf("term %d was %s's and is %s's", joined.Term, known.Runner, joined.Runner)
+	}
+}

@@ -83,10 +83,13 @@ func (o Open) Count() (candidate, control uint64) {
 	return c.Sum(1), c.Sum(0)
 }
 
+// MaxOpen is the most work of a group of units that may be open.
+const MaxOpen = 1 << 40
+
 // Valid reports whether a writer of this package's users can have written it.
 func (o Open) Valid() bool {
 	for _, by := range [][]uint64{o.Candidate, o.Control} {
-		if len(by) != 0 && len(by) != evidence.Groups || slices.ContainsFunc(by, func(n uint64) bool { return n > 1<<40 }) {
+		if len(by) != 0 && len(by) != evidence.Groups || slices.ContainsFunc(by, func(n uint64) bool { return n > MaxOpen }) {
 			return false
 		}
 	}

@@ -1,0 +1,407 @@
+package rollout
+
+// What goes wrong only where several things come together: found by reading, each with what led to it.
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stagedrollout/rollout/internal/machine"
+	"github.com/stagedrollout/rollout/internal/tally"
+)
+
+// TestUnreadableSeries: a document whose beginning can be read and whose series cannot is given up like any other.
+func TestUnreadableSeries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		r := start(t, "x", threeStages(), Options{Store: store})
+		r.serve(30*time.Second, 0, 0)
+		st := inStore(t, store)
+		key := r.evidencePrefix(st.Gen, st.Nonce) + "other"
+		doc := (&tally.Doc{About: tally.About{Inc: "other", Seq: 1, Birth: st.Round}, Series: []tally.Series{{Key: tally.Key{Epoch: st.Epoch, Ring: "everyone", Metric: "errors", Cells: 128}, Counts: tally.NewCounts(128), Events: 1 << 60}}}).Encode()
+		if _, err := tally.Decode(doc); err == nil {
+			t.Fatal("it can be read")
+		}
+		if _, err := tally.Peek(doc); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok, err := store.CompareAndSwap(t.Context(), key, 0, doc); !ok || err != nil {
+			t.Fatal(ok, err)
+		}
+		r.serve(3*time.Hour, 0, .9)
+		if served(r.Rollout) {
+			t.Error("90 % of the candidate's requests have failed for three hours, and it is served")
+		}
+	})
+}
+
+// TestAlarmAfterFolding: what must never happen is published at once also by who was folded, and has counted such events in epochs that are over.
+func TestAlarmAfterFolding(t *testing.T) {
+	now := driverStart
+	store := MemStore()
+	p := threeStages()
+	p.Independent, p.Bake = true, 5*time.Hour
+	p.Without = []string{GuardNoOutcome, GuardSplit}
+	soft, hard := NewRate("soft"), NewRate("hard")
+	p.Gates = append(p.Gates, soft.Never().OnFail(Report), hard.Never())
+	a := manual(t, store, "a", p, &now)
+	b := manual(t, store, "b", p, &now)
+	n := 0
+	both := func() {
+		now = now.Add(5 * time.Second)
+		turn(a)
+		turn(b)
+	}
+	req := func(r *Rollout, bad bool) {
+		for range 50 {
+			n++
+			d := r.Decide(Unit{Key: fmt.Sprint(n)})
+			d.Record(Errors.Observe(false))
+			if d.Enabled() {
+				d.Record(soft.Observe(bad))
+				bad = false
+			}
+		}
+	}
+	both()
+	both()
+	req(a, true)
+	both()
+	a.alarm.Store(false)
+	was := a.pub.inc
+	for range 60 { // a is idle, and folded
+		now = now.Add(5 * time.Second)
+		req(b, false)
+		turn(b)
+	}
+	must(t, b.SetPercent(t.Context(), Everyone, 11, ""))
+	must(t, b.SetPercent(t.Context(), Everyone, 12, ""))
+	for range 3 {
+		req(b, false)
+		both()
+	}
+	req(a, false)
+	both()
+	if a.pub.inc == was {
+		t.Fatal("it is the same incarnation")
+	}
+	if a.alarm.Load() {
+		t.Fatal("alarm")
+	}
+	req(a, true)
+	if !a.alarm.Load() {
+		t.Fatal("no alarm")
+	}
+	a.clock.alarm = a.alarm.Swap(false)
+	missing := a.missing
+	turn(a)
+	all, _ := store.List(context.Background(), "rollout/x/ev/")
+	for key, v := range all {
+		if _, err := tally.Decode(v); err != nil {
+			t.Errorf("%s: %v", strings.TrimPrefix(key, "rollout/x/ev/"), err)
+		}
+	}
+	if a.missing > missing {
+		t.Error("its own evidence is missing to it")
+	}
+	for range 200 { // a has died
+		now = now.Add(5 * time.Second)
+		req(b, false)
+		turn(b)
+	}
+	c := inStore(t, store).Consumed
+	for range 100 {
+		now = now.Add(5 * time.Second)
+		req(b, false)
+		turn(b)
+	}
+	same := true
+	for k, v := range inStore(t, store).Consumed {
+		if w := c[k]; w == nil || fmt.Sprint(w.Counts) != fmt.Sprint(v.Counts) {
+			same = false
+		}
+	}
+	if same {
+		t.Error("nothing was consumed any more in 100 ticks")
+	}
+}
+
+// TestClearAfterRejoin: while settled effects are removed from the journal, in vain, the store goes back to before they were settled.
+func TestClearAfterRejoin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &faulty{Store: MemStore()}
+		p := threeStages()
+		p.Without = []string{GuardNoOutcome}
+		var undone []string
+		p.Undo = map[string]func(context.Context, Effect) error{"k": func(_ context.Context, e Effect) error { undone = append(undone, string(e.Payload)); return nil }}
+		r := start(t, "x", p, Options{Store: f})
+		journal := func(what string) {
+			for i := range 1000 {
+				if d := r.Decide(Unit{Key: fmt.Sprint(i)}); d.Enabled() {
+					if err := d.Journal(t.Context(), "k", []byte(what)); err != nil {
+						t.Fatal(what, err)
+					}
+					return
+				}
+			}
+			t.Fatal("nobody has it")
+		}
+		r.serve(30*time.Second, 0, 0)
+		journal("before")
+		old := map[string][]byte{}
+		for _, key := range []string{r.key(), r.headKey()} {
+			old[key], _, _ = f.Store.Load(t.Context(), key)
+		}
+		f.deleting(func() error { return errDown })
+		r.until(Completed, 0, 0)
+		time.Sleep(5*time.Minute + 50*time.Millisecond)
+		synctest.Wait() // the pauses between two tries are a minute by now
+		for key, doc := range old {
+			_, rev, _ := f.Store.Load(t.Context(), key)
+			if _, ok, _ := f.Store.CompareAndSwap(t.Context(), key, rev, doc); !ok {
+				t.Fatal("conflict")
+			}
+		}
+		time.Sleep(11 * time.Second)
+		synctest.Wait()
+		r.is(Running, "")
+		journal("after")
+		f.deleting(nil)
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		must(t, r.Rollback(t.Context(), "stop"))
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		r.is(RolledBack, "")
+		if len(undone) != 2 {
+			t.Errorf("undone are %v, not both", undone)
+		}
+	})
+}
+
+// TestAloneStepBack: one that is cut off takes the candidate out of use also where its gate would only step back.
+func TestAloneStepBack(t *testing.T) {
+	for _, action := range []Action{Report, StepBack} {
+		synctest.Test(t, func(t *testing.T) {
+			f := &faulty{Store: MemStore()}
+			p := Policy{
+				Stages: Percentages(5, 10, 25, 100), Bake: time.Minute, Holdback: 5, Independent: true, ProveFrom: 100,
+				Gates: []Gate{Errors.Within(2).OnFail(action), Errors.AtMost(20)},
+			}
+			r := start(t, "x", p, Options{Store: f})
+			for r.Status().Stage.Name != "everyone 25 %" {
+				r.serve(time.Second, 0, 0)
+			}
+			r.serve(5*time.Second, 0, 0)
+			f.set(down, down, nil)
+			r.serve(5*time.Minute, .01, .15)
+			r.serve(30*time.Minute, .01, .9)
+			if served(r.Rollout) {
+				t.Errorf("with a gate that asks for %v 90 %% of the candidate's requests have failed for half an hour, and it is served to %v %%", action, r.Status().Rings[0].Percent)
+			}
+		})
+	}
+}
+
+// TestForkReturns: what one has condemned while it was cut off it does not serve by what others had decided meanwhile.
+func TestForkReturns(t *testing.T) {
+	now := driverStart
+	store := MemStore()
+	away := &faulty{Store: store}
+	p := threeStages()
+	p.Independent, p.ProveFrom = true, 100
+	a, b, c := manual(t, away, "a", p, &now), manual(t, store, "b", p, &now), manual(t, store, "c", p, &now)
+	n := 0
+	req := func(r *Rollout, part int) {
+		for range 40 {
+			n++
+			d := r.Decide(Unit{Key: fmt.Sprint(n)})
+			d.Record(Errors.Observe(d.Enabled() && n%10 < part))
+		}
+	}
+	for range 4 {
+		now = now.Add(5 * time.Second)
+		for _, r := range []*Rollout{a, b, c} {
+			turn(r)
+			req(r, 0)
+		}
+	}
+	away.set(down, down, nil)
+	for b.Status().Stage.Name == "everyone 10 %" { // the others go on
+		now = now.Add(5 * time.Second)
+		turn(a)
+		for _, r := range []*Rollout{b, c} {
+			turn(r)
+			req(r, 0)
+		}
+	}
+	for served(a) { // only now the candidate fails, here
+		req(a, 9)
+		now = now.Add(5 * time.Second)
+		turn(a)
+	}
+	away.set(nil, nil, nil)
+	a.coin = func(int) bool { return false }
+	now = now.Add(5 * time.Second)
+	turn(a)
+	if served(a) {
+		t.Errorf("it serves %v %% again what it had condemned after that was decided", a.Status().Rings[0].Percent)
+	}
+	turn(b)
+}
+
+// TestForkReturnsLate: nor where they have gone on twice, and its epoch counts no more.
+func TestForkReturnsLate(t *testing.T) {
+	now := driverStart
+	store := MemStore()
+	away := &faulty{Store: store}
+	p := threeStages()
+	p.Independent, p.ProveFrom = true, 100
+	p.Stages = Percentages(10, 30, 60, 100)
+	a, b, c := manual(t, away, "a", p, &now), manual(t, store, "b", p, &now), manual(t, store, "c", p, &now)
+	n := 0
+	req := func(r *Rollout, part int) {
+		for range 40 {
+			n++
+			d := r.Decide(Unit{Key: fmt.Sprint(n)})
+			d.Record(Errors.Observe(d.Enabled() && n%10 < part))
+		}
+	}
+	for range 4 {
+		now = now.Add(5 * time.Second)
+		for _, r := range []*Rollout{a, b, c} {
+			turn(r)
+			req(r, 0)
+		}
+	}
+	away.set(down, down, nil)
+	for b.Status().Stage.Name != "everyone 60 %" { // the others go on
+		now = now.Add(5 * time.Second)
+		turn(a)
+		for _, r := range []*Rollout{b, c} {
+			turn(r)
+			req(r, 0)
+		}
+	}
+	for served(a) { // only now the candidate fails, here
+		req(a, 9)
+		now = now.Add(5 * time.Second)
+		turn(a)
+	}
+	away.set(nil, nil, nil)
+	a.coin = func(int) bool { return false }
+	now = now.Add(5 * time.Second)
+	turn(a)
+	if served(a) {
+		t.Errorf("it serves %v %% again what it had condemned after that was decided", a.Status().Rings[0].Percent)
+	}
+	turn(b)
+}
+
+// TestIntervals: processes may have different intervals, and the slow one is not taken for dead.
+func TestIntervals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		p := threeStages()
+		p.Bake, p.Deadline = 24*time.Hour, 1000*time.Hour
+		slow := start(t, "x", p, Options{Store: store, Interval: time.Minute, Replica: "slow"})
+		fast := start(t, "x", p, Options{Store: store, Interval: 5 * time.Second, Replica: "fast"})
+		fast.serve(2*time.Minute, 0, 0)
+		n := 0
+		for i := range 1000 {
+			if _, s := slow.Begin(t.Context(), Unit{Key: fmt.Sprint(i)}); s.Decision().Enabled() {
+				n++
+			} else {
+				s.End(nil)
+			}
+		}
+		lost := ""
+		fast.Subscribe(func(e Event) {
+			if e.Kind == WorkLost {
+				lost = e.Note
+			}
+		})
+		fast.serve(20*time.Minute, 0, 0)
+		if lost != "" {
+			t.Error(lost)
+		}
+	})
+}
+
+// TestNoIncident: a state that is rolled back and has no incident has its steps run.
+func TestNoIncident(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := MemStore()
+		doc := `{"format":1,"name":"x","gen":1,"ver":1,"epoch":1,"versions":[{"version":"","gen":1}],"phase":"rolling back","steps":[{"name":"one"}]}`
+		if _, ok, err := store.CompareAndSwap(t.Context(), "rollout/x/state", 0, []byte(doc)); !ok || err != nil {
+			t.Fatal(ok, err)
+		}
+		p := threeStages()
+		p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error { return nil }}}
+		start(t, "x", p, Options{Store: store})
+		time.Sleep(time.Minute)
+	})
+}
+
+// TestUnsureCount: Status.Unsure counts observations, and not what guards count of them.
+func TestUnsureCount(t *testing.T) {
+	now := driverStart
+	store := MemStore()
+	p := threeStages()
+	p.Gates = append(p.Gates, Latency.Quantile(.9).AtMost(time.Second))
+	r := manual(t, store, "a", p, &now)
+	for range 3 {
+		turn(r)
+		now = now.Add(5 * time.Second)
+	}
+	for i := range 10 {
+		r.Decide(Unit{Key: fmt.Sprint(i)}).Record(Errors.Observe(false), Latency.Observe(2*time.Second))
+	}
+	now = now.Add(20 * time.Second)
+	turn(r)
+	r.Decide(Unit{Key: "a"}).Record(Errors.Observe(false), Latency.Observe(time.Millisecond))
+	key := r.pub.key(r)
+	_, rev, _ := store.Load(t.Context(), key)
+	store.CompareAndSwap(t.Context(), key, rev, []byte("x"))
+	now = now.Add(20 * time.Second)
+	turn(r)
+}
+
+// TestAloneOfOne: the only process that is counted may be another one: this one does not roll back for it what it judges alone.
+func TestAloneOfOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		away := &faulty{Store: MemStore()}
+		other := start(t, "x", threeStages(), Options{Store: away.Store})
+		other.serve(20*time.Second, 0, 0)
+		alone := start(t, "x", threeStages(), Options{Store: away}) // has counted nothing yet
+		other.serve(10*time.Second, 0, 0)
+		away.set(down, down, nil)
+		for served(alone.Rollout) {
+			alone.serve(time.Second, 0, .9)
+		}
+		alone.mu.Lock()
+		if alone.intent != nil {
+			t.Errorf("it will roll the fleet back, with E %.4g of %.4g", alone.intent.incident.E, alone.intent.incident.NeedE)
+		}
+		alone.mu.Unlock()
+	})
+}
+
+// TestRejoinHold: a store that goes back forgets no operator's Hold.
+func TestRejoinHold(t *testing.T) {
+	r := Must("x", threeStages(), &Options{Logger: quiet})
+	s := machine.New("x", r.plan, "n")
+	machine.Step(s, r.plan, machine.Input{Now: driverStart, MayAdvance: true})
+	stored := s.Clone()
+	if _, err := machine.Apply(s, r.plan, machine.Verb{Name: machine.VerbHold, Note: "incident 7"}); err != nil {
+		t.Fatal(err)
+	}
+	joined, _ := machine.Rejoin(stored, s, r.plan, "m", driverStart)
+	if joined.Phase != machine.Held {
+		t.Error("an operator's Hold is forgotten")
+	}
+}
