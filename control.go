@@ -417,7 +417,7 @@ type fork struct {
 	open  bool   // its evidence is not judged with that of all yet
 	inc   string // where it was published, at this cut or before
 	seq   uint64
-	epoch uint64 // in force when it was judged
+	epoch uint64 // the last one known that was decided without it
 }
 
 // holds reports whether the candidate is out of use in a state. What is completed is what everybody has.
@@ -439,10 +439,12 @@ func (r *Rollout) joins(st *machine.State) {
 			f.seq = p.acked.Seq
 		}
 	}
-	if p.acked == nil || st.Cursors[f.inc].Seq >= f.seq {
-		f.open, f.epoch = false, st.Epoch
-		r.publishLocked()
+	if p.acked != nil && st.Cursors[f.inc].Seq < f.seq {
+		f.epoch = st.Epoch
+		return
 	}
+	f.open = false
+	r.publishLocked()
 }
 
 // cutOff is a tick without the Store: shares stay or fall, never rise. What was counted since the last document goes on
@@ -504,7 +506,7 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 		}
 		r.logger().Error("rollout: the candidate is out of use here, until the evidence of this process is judged with that of all", "rollout", r.name, "gate", gate, "cause", note)
 		r.mu.Lock()
-		r.fork = fork{gen: st.Gen, open: true}
+		r.fork = fork{gen: st.Gen, open: true, epoch: st.Epoch}
 		r.publishLocked()
 		r.mu.Unlock()
 		return

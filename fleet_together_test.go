@@ -207,6 +207,31 @@ func TestAloneStepBack(t *testing.T) {
 	}
 }
 
+// TestStepsBackLater: where it only stepped back it goes on from there, once the Store can be used again.
+func TestStepsBackLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &faulty{Store: MemStore()}
+		r := start(t, "x", Policy{
+			Stages: Percentages(5, 10, 25, 100), Bake: time.Minute, Holdback: 5, Independent: true, ProveFrom: 100,
+			Gates: []Gate{Errors.Within(2).OnFail(StepBack)},
+		}, Options{Store: f})
+		for r.Status().Stage.Name != "everyone 25 %" {
+			r.serve(time.Second, 0, 0)
+		}
+		f.set(down, down, nil)
+		for served(r.Rollout) {
+			r.serve(time.Second, .01, .3)
+		}
+		f.set(nil, nil, nil)
+		r.serve(15*time.Second, .01, .01)
+		r.is(Running, "everyone 10 %")
+		if !served(r.Rollout) {
+			t.Error("it has stepped back, and serves nobody")
+		}
+		r.until(Completed, .01, .01)
+	})
+}
+
 // TestForkReturns: what one has condemned while it was cut off it does not serve by what others had decided meanwhile.
 func TestForkReturns(t *testing.T) {
 	now := driverStart
