@@ -157,7 +157,7 @@ func TestSubscribers(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if dropped := r.Status().Dropped; dropped < 100 || dropped > 200 {
+		if dropped := r.Status().Dropped; dropped < 50 || dropped > 200 {
 			t.Errorf("%d events dropped", dropped)
 		}
 		r.stop()

@@ -94,6 +94,9 @@ func (r *Rollout) evaluate(ctx context.Context, c *clock, last bool) error {
 			r.follow(l.stored, l.standing, nil)
 			return r.project(ctx, l.stored)
 		}
+		if known := r.following(); known != nil && l.stored != nil && !l.dirty && known.Gen == l.stored.Gen && older(known, l.stored) {
+			r.follow(l.stored, l.standing, nil) // whether or not anything can be written
+		}
 		at := r.now()
 		next, ver := l.st, l.st.Ver
 		var blocks []machine.Block

@@ -430,3 +430,36 @@ func TestRejoinHold(t *testing.T) {
 		t.Error("an operator's Hold is forgotten")
 	}
 }
+
+// TestReadOnly: one that can read the Store and not write follows what it reads.
+func TestReadOnly(t *testing.T) {
+	now := driverStart
+	store := MemStore()
+	ro := &faulty{Store: store}
+	p := threeStages()
+	p.Bake = time.Hour
+	a, b, c := manual(t, store, "a", p, &now), manual(t, ro, "b", p, &now), manual(t, store, "c", p, &now)
+	n := 0
+	all := func() {
+		now = now.Add(5 * time.Second)
+		for _, r := range []*Rollout{c, b, a} {
+			turn(r)
+			for range 200 {
+				n++
+				r.Decide(Unit{Key: fmt.Sprint(n)}).Record(Errors.Observe(false))
+			}
+		}
+	}
+	for range 5 {
+		all()
+	}
+	c.coin = func(int) bool { return false }
+	ro.set(nil, down, nil)
+	must(t, a.SetPercent(t.Context(), Everyone, 5, "less"))
+	for range 5 {
+		all()
+	}
+	if got := b.Status().Rings[0].Percent; got > 5 {
+		t.Errorf("it has loaded a share of 5 %% at each tick, and serves %v", got)
+	}
+}

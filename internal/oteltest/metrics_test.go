@@ -36,7 +36,7 @@ func TestInstruments(t *testing.T) {
 			"rollout.decisions": {"counter {decision}", "feature_flag.key feature_flag.result.variant rollout.ring", 2 * 2},
 			"rollout.outcomes": {"counter {outcome}", "feature_flag.key feature_flag.result.variant rollout.metric rollout.outcome rollout.ring, " +
 				"feature_flag.key feature_flag.result.variant rollout.metric rollout.ring", 2 * 2 * (2 + 1 + 2)},
-			"rollout.dropped":       {"counter {item}", "feature_flag.key rollout.reason", 5},
+			"rollout.dropped":       {"counter {item}", "feature_flag.key rollout.reason", 6},
 			"rollout.share":         {"gauge %", "feature_flag.key rollout.ring", 2},
 			"rollout.stage":         {"gauge {stage}", "feature_flag.key", 1},
 			"rollout.state":         {"gauge {state}", "feature_flag.key rollout.state", 7},
@@ -183,7 +183,7 @@ func TestDropped(t *testing.T) {
 		}
 		d.Record(rollout.Errors.Observe(true), rollout.Latency.Observe(1), refunds.Observe(false))
 		got := mp.read(t).of("rollout.dropped")
-		for reason, want := range map[string]float64{"no unit": 1, "unknown metric": 2, "late": 3, "invalid": 0, "slow subscriber": 0} {
+		for reason, want := range map[string]float64{"no unit": 1, "unknown metric": 2, "late": 3, "invalid": 0, "unsure": 0, "slow subscriber": 0} {
 			if n := got["feature_flag.key=checkout rollout.reason="+reason]; n != want {
 				t.Errorf("%s is %v, want %v: %v", reason, n, want, got)
 			}
