@@ -483,7 +483,7 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 	plan := *r.plan
 	others := st.Live
 	if p.confirmed && p.gen == st.Gen && p.nonce == st.Nonce {
-		others-- // this process counts
+		others = max(others-1, 0) // this process counts
 	}
 	plan.Judge = r.plan.Judge.Among(others + 1) // each of so many may be cut off, and judge
 	if p.gen == st.Gen && p.nonce == st.Nonce {
@@ -499,7 +499,7 @@ func (r *Rollout) cutOff(ctx context.Context, c *clock) {
 	next.Elapsed, next.Baked, next.Quiet = st.Elapsed, st.Baked, st.Quiet // the time without the Store is not the stage's
 	c.alone.st, c.alone.at = next, at
 	switch {
-	case next.Phase.Latched() && others == 0:
+	case next.Phase.Latched() && others == 0: // there is nobody else
 	case next.Phase.Latched(), next.Epoch != st.Epoch: // whatever takes share away takes all of it, as no other share is known to others
 		gate, note := "", ""
 		for _, e := range events {
