@@ -458,13 +458,14 @@ func (r *Rollout) remove(ctx context.Context, key string, rev uint64) error {
 	return nil
 }
 
-// clear removes what is journalled and settled in a state.
+// clear removes what is journalled and settled, as it is stored now: what was settled is not any more where the store went
+// back.
 func (r *Rollout) clear(ctx context.Context) error {
 	st, _, err := r.load(ctx)
 	if err != nil {
 		return err
 	}
-	if st == nil || st.Settled == 0 || older(st, r.following()) { // the store went back: nothing is settled for certain
+	if st == nil || st.Settled == 0 || older(st, r.following()) {
 		return nil
 	}
 	es, err := r.entries(ctx, func(gen uint64, ring string, unread bool) bool {

@@ -107,7 +107,7 @@ func (r *Rollout) publish(ctx context.Context, alarm, last bool) error {
 		if len(d.Series) == 0 && len(d.Open) == 0 {
 			return nil
 		}
-	} else if d.Same(p.acked) && (len(d.Open) == 0 || r.now().Sub(p.sent) < min(12*r.o.Interval, time.Minute)) {
+	} else if d.Same(p.acked) && (len(d.Open) == 0 || r.now().Sub(p.sent) < heartbeat(r.o.Interval)) {
 		return nil
 	}
 	if p.acked == nil { // whatever was forgotten before has nothing of it
@@ -123,6 +123,10 @@ func (r *Rollout) publish(ctx context.Context, alarm, last bool) error {
 	p.pending = d
 	return r.send(ctx)
 }
+
+// heartbeat is how often open work gives a sign of life: processes with other intervals take it for dead after three minutes
+// at the soonest.
+func heartbeat(interval time.Duration) time.Duration { return min(12*interval, time.Minute) }
 
 // lingering reports whether a session goes on that is revoked.
 func (r *Rollout) lingering() bool {
@@ -256,7 +260,8 @@ func (r *Rollout) sealed(d *tally.Doc) {
 	r.another(r.following(), d)
 }
 
-// drop counts outcomes of which it is not known whether they were judged.
+// drop counts observations of which it is not known whether they were judged: not the marks of timings, and not what guards
+// count of the same.
 func (r *Rollout) drop(d *tally.Doc) {
 	for i := range d.Series {
 		s := &d.Series[i]

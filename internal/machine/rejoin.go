@@ -6,8 +6,9 @@ import (
 )
 
 // Rejoin squares a stored state that is older than the newest one known, because the store was set back, with what is
-// known: a rollback of either holds, no share is above that of either, counters go on from the greater. Evidence consumed
-// in between is lost, both cohorts alike, and none counts twice.
+// known: a rollback of either holds, and so does a Hold that is known; no share is above that of either, counters go on from
+// the greater, and whoever runs steps takes them over anew. Evidence consumed in between is lost, both cohorts alike, and none
+// counts twice.
 func Rejoin(stored, known *State, p *Plan, nonce string, now time.Time) (*State, []Event) {
 	if stored == nil {
 		stored = known
