@@ -2,11 +2,14 @@ package rollout
 
 import (
 	"context"
+	"math"
 	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/stagedrollout/rollout/internal/judge"
 )
 
 // TestEventsOfOthers: a process hears of what others did on the same Store, once and in order, and so does who did it.
@@ -80,6 +83,7 @@ func TestJudgesAlone(t *testing.T) {
 		if served(alone.Rollout) {
 			t.Error("it serves a candidate that fails")
 		}
+		alone.judgedAsOneOfTwo()
 		if !served(other.Rollout) {
 			t.Error("the other one does not serve the candidate any more")
 		}
@@ -92,6 +96,17 @@ func TestJudgesAlone(t *testing.T) {
 	})
 }
 
+// judgedAsOneOfTwo holds one that is cut off, and has taken the candidate out of use, to twice the evidence.
+func (p *process) judgedAsOneOfTwo() {
+	p.t.Helper()
+	in := p.clock.alone.st.Incident
+	gates := p.plan.Judge.Assess(&judge.State{}, nil)
+	i := slices.IndexFunc(gates, func(g judge.Result) bool { return g.Spec.Name == in.Gate })
+	if i < 0 || math.Abs(in.NeedE/gates[i].NeedE-2) > 1e-9 {
+		p.t.Errorf("one of two needs an E of %v by the gate %q", in.NeedE, in.Gate)
+	}
+}
+
 // TestForkIsOne: a process judges the same whether it can use the Store or not.
 func TestForkIsOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -99,14 +114,20 @@ func TestForkIsOne(t *testing.T) {
 		policy := threeStages()
 		policy.Independent = true // which units vary together is of each process its own
 		with, without := start(t, "x", policy, Options{}), start(t, "x", policy, Options{Store: away})
-		away.set(down, down, nil)
 		time.Sleep(50 * time.Millisecond) // so that no request comes at the moment of a tick
-		var there, here []float64         // requests, E and what it needs
-		for range 6000 {
-			time.Sleep(100 * time.Millisecond)
-			with.request(.02, .2)
-			without.request(.02, .2)
+		both := func(pause time.Duration, control, candidate float64) {
+			time.Sleep(pause)
+			with.request(control, candidate)
+			without.request(control, candidate)
 			synctest.Wait()
+		}
+		for range 100 { // the last block closes in the last tick
+			both(100*time.Millisecond, .02, .02)
+		}
+		away.set(down, down, nil)
+		var there, here []float64 // requests, E and what it needs
+		for range 3000 {
+			both(2*time.Second, .02, 1) // so few that blocks close by their age
 			if st := with.Status(); st.State == RolledBack && there == nil {
 				there = []float64{float64(with.n), st.Incident.E, st.Incident.NeedE}
 			}

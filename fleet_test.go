@@ -488,7 +488,7 @@ func (s *sim) turn(p *replica) {
 		_ = p.Restart(ctx, "again")
 	}
 	if run, idle := p.stepsToRun(); run {
-		limited, cancel := context.WithTimeout(ctx, time.Second)
+		limited, cancel := context.WithTimeout(ctx, 10*time.Millisecond) // of the pauses between tries: others wait for this turn
 		p.runSteps(limited, idle)
 		cancel()
 	}

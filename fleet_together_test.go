@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -232,99 +233,57 @@ func TestStepsBackLater(t *testing.T) {
 	})
 }
 
-// TestForkReturns: what one has condemned while it was cut off it does not serve by what others had decided meanwhile.
+// TestForkReturns: what one has condemned while it was cut off it does not serve by what others had decided meanwhile, also
+// where they have gone on twice, and its epoch counts no more.
 func TestForkReturns(t *testing.T) {
-	now := driverStart
-	store := MemStore()
-	away := &faulty{Store: store}
-	p := threeStages()
-	p.Independent, p.ProveFrom = true, 100
-	a, b, c := manual(t, away, "a", p, &now), manual(t, store, "b", p, &now), manual(t, store, "c", p, &now)
-	n := 0
-	req := func(r *Rollout, part int) {
-		for range 40 {
-			n++
-			d := r.Decide(Unit{Key: fmt.Sprint(n)})
-			d.Record(Errors.Observe(d.Enabled() && n%10 < part))
+	for _, stage := range []string{"everyone 30 %", "everyone 60 %"} {
+		now := driverStart
+		store := MemStore()
+		away := &faulty{Store: store}
+		p := threeStages()
+		p.Independent, p.ProveFrom = true, 100
+		p.Stages = Percentages(10, 30, 60, 100)
+		a, b, c := manual(t, away, "a", p, &now), manual(t, store, "b", p, &now), manual(t, store, "c", p, &now)
+		n := 0
+		req := func(r *Rollout, part int) {
+			for range 40 {
+				n++
+				d := r.Decide(Unit{Key: fmt.Sprint(n)})
+				d.Record(Errors.Observe(d.Enabled() && n%10 < part))
+			}
 		}
-	}
-	for range 4 {
-		now = now.Add(5 * time.Second)
-		for _, r := range []*Rollout{a, b, c} {
-			turn(r)
-			req(r, 0)
+		tick := func(all ...*Rollout) {
+			now = now.Add(5 * time.Second)
+			for _, r := range all {
+				turn(r)
+				req(r, 0)
+			}
 		}
-	}
-	away.set(down, down, nil)
-	for b.Status().Stage.Name == "everyone 10 %" { // the others go on
-		now = now.Add(5 * time.Second)
-		turn(a)
-		for _, r := range []*Rollout{b, c} {
-			turn(r)
-			req(r, 0)
+		for range 4 {
+			tick(a, b, c)
 		}
-	}
-	for served(a) { // only now the candidate fails, here
-		req(a, 9)
-		now = now.Add(5 * time.Second)
-		turn(a)
-	}
-	away.set(nil, nil, nil)
-	a.coin = func(int) bool { return false }
-	now = now.Add(5 * time.Second)
-	turn(a)
-	if served(a) {
-		t.Errorf("it serves %v %% again what it had condemned after that was decided", a.Status().Rings[0].Percent)
-	}
-	turn(b)
-}
-
-// TestForkReturnsLate: nor where they have gone on twice, and its epoch counts no more.
-func TestForkReturnsLate(t *testing.T) {
-	now := driverStart
-	store := MemStore()
-	away := &faulty{Store: store}
-	p := threeStages()
-	p.Independent, p.ProveFrom = true, 100
-	p.Stages = Percentages(10, 30, 60, 100)
-	a, b, c := manual(t, away, "a", p, &now), manual(t, store, "b", p, &now), manual(t, store, "c", p, &now)
-	n := 0
-	req := func(r *Rollout, part int) {
-		for range 40 {
-			n++
-			d := r.Decide(Unit{Key: fmt.Sprint(n)})
-			d.Record(Errors.Observe(d.Enabled() && n%10 < part))
+		away.set(down, down, nil)
+		for b.Status().Stage.Name != stage { // the others go on
+			tick(b, c)
+			turn(a)
 		}
-	}
-	for range 4 {
-		now = now.Add(5 * time.Second)
-		for _, r := range []*Rollout{a, b, c} {
-			turn(r)
-			req(r, 0)
+		for served(a) { // only now the candidate fails, here
+			req(a, 9)
+			now = now.Add(5 * time.Second)
+			turn(a)
 		}
-	}
-	away.set(down, down, nil)
-	for b.Status().Stage.Name != "everyone 60 %" { // the others go on
+		look := func(context.Context) error {
+			if served(a) {
+				t.Errorf("%s: it serves %v %% again of what it has condemned after that was decided", stage, a.Status().Rings[0].Percent)
+			}
+			return nil
+		}
+		away.set(look, look, nil) // at no moment of the tick
+		a.coin = func(int) bool { return false }
 		now = now.Add(5 * time.Second)
 		turn(a)
-		for _, r := range []*Rollout{b, c} {
-			turn(r)
-			req(r, 0)
-		}
+		must(t, look(t.Context()))
 	}
-	for served(a) { // only now the candidate fails, here
-		req(a, 9)
-		now = now.Add(5 * time.Second)
-		turn(a)
-	}
-	away.set(nil, nil, nil)
-	a.coin = func(int) bool { return false }
-	now = now.Add(5 * time.Second)
-	turn(a)
-	if served(a) {
-		t.Errorf("it serves %v %% again what it had condemned after that was decided", a.Status().Rings[0].Percent)
-	}
-	turn(b)
 }
 
 // TestIntervals: processes may have different intervals, and the slow one is not taken for dead.
@@ -351,8 +310,8 @@ func TestIntervals(t *testing.T) {
 			}
 		})
 		fast.serve(20*time.Minute, 0, 0)
-		if lost != "" {
-			t.Error(lost)
+		if n == 0 || lost != "" {
+			t.Errorf("%d sessions go on: %s", n, lost)
 		}
 	})
 }
@@ -366,9 +325,14 @@ func TestNoIncident(t *testing.T) {
 			t.Fatal(ok, err)
 		}
 		p := threeStages()
-		p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error { return nil }}}
-		start(t, "x", p, Options{Store: store})
+		made := 0
+		p.Rollback = []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error { made++; return nil }}}
+		r := start(t, "x", p, Options{Store: store})
 		time.Sleep(time.Minute)
+		synctest.Wait()
+		if r.is(RolledBack, ""); made != 1 {
+			t.Errorf("the step was made %d times", made)
+		}
 	})
 }
 
@@ -391,9 +355,14 @@ func TestUnsureCount(t *testing.T) {
 	r.Decide(Unit{Key: "a"}).Record(Errors.Observe(false), Latency.Observe(time.Millisecond))
 	key := r.pub.key(r)
 	_, rev, _ := store.Load(t.Context(), key)
-	store.CompareAndSwap(t.Context(), key, rev, []byte("x"))
+	if _, ok, err := store.CompareAndSwap(t.Context(), key, rev, []byte("x")); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
 	now = now.Add(20 * time.Second)
 	turn(r)
+	if n := r.Status().Unsure; n != 22 {
+		t.Errorf("%d of 22 observations are given up", n)
+	}
 }
 
 // TestAloneOfOne: the only process that is counted may be another one: this one does not roll back for it what it judges alone.
@@ -408,6 +377,7 @@ func TestAloneOfOne(t *testing.T) {
 		for served(alone.Rollout) {
 			alone.serve(time.Second, 0, .9)
 		}
+		alone.judgedAsOneOfTwo()
 		alone.mu.Lock()
 		if alone.intent != nil {
 			t.Errorf("it will roll the fleet back, with E %.4g of %.4g", alone.intent.incident.E, alone.intent.incident.NeedE)
@@ -462,4 +432,53 @@ func TestReadOnly(t *testing.T) {
 	if got := b.Status().Rings[0].Percent; got > 5 {
 		t.Errorf("it has loaded a share of 5 %% at each tick, and serves %v", got)
 	}
+}
+
+// hanging is a Store that hangs from the first look at a document of evidence on, as who seals it takes.
+type hanging struct {
+	Store
+	since atomic.Pointer[time.Time]
+}
+
+func (s *hanging) Load(ctx context.Context, key string) ([]byte, uint64, error) {
+	if now := time.Now(); strings.Contains(key, "/ev/") {
+		s.since.CompareAndSwap(nil, &now)
+	}
+	if s.since.Load() != nil {
+		<-ctx.Done()
+		return nil, 0, ctx.Err()
+	}
+	return s.Store.Load(ctx, key)
+}
+
+func (s *hanging) CompareAndSwap(ctx context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
+	if s.since.Load() != nil {
+		<-ctx.Done()
+		return 0, false, ctx.Err()
+	}
+	return s.Store.CompareAndSwap(ctx, key, old, value)
+}
+
+// TestLeaseWhileSealing: a lease ends in time also where the Store begins to hang while many documents are to be sealed.
+func TestLeaseWhileSealing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &hanging{Store: MemStore()}
+		p := threeStages()
+		p.Bake = time.Hour
+		r := start(t, "x", p, Options{Store: s, Lease: 15 * time.Second})
+		r.serve(20*time.Second, 0, 0)
+		st := inStore(t, s.Store)
+		for i := range clearings {
+			d := &tally.Doc{About: tally.About{Inc: fmt.Sprint("dead", i), Seq: 1, Birth: st.Round}}
+			if _, ok, err := s.Store.CompareAndSwap(t.Context(), r.evidencePrefix(st.Gen, st.Nonce)+d.Inc, 0, d.Encode()); !ok || err != nil {
+				t.Fatal(ok, err)
+			}
+		}
+		for s.since.Load() == nil || served(r.Rollout) {
+			r.serve(time.Second, 0, 0)
+		}
+		if took := time.Since(*s.since.Load()); took > 20*time.Second { // it is looked at in each tick
+			t.Errorf("a lease of 15 s ended after %v", took)
+		}
+	})
 }
