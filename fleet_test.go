@@ -52,6 +52,15 @@ type replica struct {
 	cut     bool // the store cannot be reached
 	latched map[string]uint64
 	dead    bool
+	stop    func() // ends the steps that it runs, which would pause where the store fails: no time goes by within a turn
+}
+
+// down is how the store fails.
+func (p *replica) down() error {
+	if p.stop != nil {
+		p.stop()
+	}
+	return errDown
 }
 
 // kept is a value of the store.
@@ -107,20 +116,17 @@ func (s *sim) between() {
 	s.turn(s.procs[s.rnd.IntN(len(s.procs))])
 }
 
-func (v *view) call(ctx context.Context) error {
+func (v *view) call() error {
 	s := v.s
 	s.between()
 	if v.p.dead || v.p.cut && !s.calm || s.chance(2) {
-		return errDown
-	}
-	if v.p.Rollout != nil {
-		_ = ctx
+		return v.p.down()
 	}
 	return nil
 }
 
-func (v *view) Load(ctx context.Context, key string) ([]byte, uint64, error) {
-	if err := v.call(ctx); err != nil {
+func (v *view) Load(_ context.Context, key string) ([]byte, uint64, error) {
+	if err := v.call(); err != nil {
 		return nil, 0, err
 	}
 	e := v.all[key]
@@ -128,8 +134,8 @@ func (v *view) Load(ctx context.Context, key string) ([]byte, uint64, error) {
 	return bytes.Clone(e.value), e.rev, nil
 }
 
-func (v *view) List(ctx context.Context, prefix string) (map[string][]byte, error) {
-	if err := v.call(ctx); err != nil {
+func (v *view) List(_ context.Context, prefix string) (map[string][]byte, error) {
+	if err := v.call(); err != nil {
 		return nil, err
 	}
 	got := map[string][]byte{}
@@ -144,9 +150,9 @@ func (v *view) List(ctx context.Context, prefix string) (map[string][]byte, erro
 	return got, nil
 }
 
-func (v *view) CompareAndSwap(ctx context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
+func (v *view) CompareAndSwap(_ context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
 	s := v.s
-	if err := v.call(ctx); err != nil {
+	if err := v.call(); err != nil {
 		return 0, false, err
 	}
 	value = bytes.Clone(value)
@@ -154,11 +160,11 @@ func (v *view) CompareAndSwap(ctx context.Context, key string, old uint64, value
 	switch {
 	case s.chance(3): // it lands much later, or never
 		v.late = append(v.late, func() { write() })
-		return 0, false, errDown
+		return 0, false, v.p.down()
 	case s.chance(5): // its acknowledgement is lost
 		write()
 		s.between()
-		return 0, false, errDown
+		return 0, false, v.p.down()
 	}
 	rev, ok := write()
 	s.between()
@@ -488,9 +494,11 @@ func (s *sim) turn(p *replica) {
 		_ = p.Restart(ctx, "again")
 	}
 	if run, idle := p.stepsToRun(); run {
-		limited, cancel := context.WithTimeout(ctx, 10*time.Millisecond) // of the pauses between tries: others wait for this turn
-		p.runSteps(limited, idle)
-		cancel()
+		var steps context.Context
+		steps, p.stop = context.WithCancel(ctx)
+		p.runSteps(steps, idle)
+		p.stop()
+		p.stop = nil
 	}
 	s.exposed(p)
 	s.knows(p)
