@@ -26,8 +26,8 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 	began := r.now()
 	err := r.publish(ctx, c.alarm, last)
 	if err == nil {
-		if r.evaluates(c) {
-			err = r.evaluate(ctx, c, last)
+		if yes, drawn := r.evaluates(c); yes {
+			err = r.evaluate(ctx, c, last, drawn)
 		} else {
 			err = r.refresh(ctx)
 		}
@@ -49,12 +49,26 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 }
 
 // evaluates reports whether this process judges the whole in this tick: by chance, so that about two do, however many
-// there are. There is no leader to wait for.
-func (r *Rollout) evaluates(c *clock) bool {
+// there are. There is no leader to wait for. drawn: only chance says so.
+func (r *Rollout) evaluates(c *clock) (yes, drawn bool) {
 	r.mu.Lock()
 	st, intent := r.known, r.intent
 	r.mu.Unlock()
-	return st == nil || st.Live <= 2 || c.alarm || intent != nil || c.doubt != nil || r.coin(st.Live)
+	if st == nil || st.Live <= 2 || c.alarm || intent != nil || c.doubt != nil {
+		return true, false
+	}
+	yes = r.coin(st.Live)
+	return yes, yes
+}
+
+// justJudged reports whether another process has evaluated so lately that there is hardly anything new to read. By clocks
+// that differ it is another moment, or never, but as long.
+func (r *Rollout) justJudged(st *machine.State) bool {
+	if st == nil || st.Last.IsZero() || st.Phase != machine.Running && st.Phase != machine.Held {
+		return false
+	}
+	ago := r.now().Sub(st.Last)
+	return ago >= 0 && ago < r.o.Interval/4
 }
 
 // clock is what the loop remembers of its own time and writes.
@@ -75,8 +89,8 @@ type doubt struct {
 }
 
 // evaluate is one evaluation: load, square, gather, judge, store, follow. Nothing of it is remembered here: where its write
-// does not land for certain, the next one starts from what is stored.
-func (r *Rollout) evaluate(ctx context.Context, c *clock, last bool) error {
+// does not land for certain, the next one starts from what is stored. drawn: it may be left to who has just made one.
+func (r *Rollout) evaluate(ctx context.Context, c *clock, last, drawn bool) error {
 	for range 4 {
 		l, err := r.latest(ctx)
 		if err != nil {
@@ -90,7 +104,7 @@ func (r *Rollout) evaluate(ctx context.Context, c *clock, last bool) error {
 		}
 		r.confirm(l.stored)
 		r.joins(l.stored)
-		if l.standing != machine.Current && !l.dirty {
+		if !l.dirty && (l.standing != machine.Current || drawn && r.justJudged(l.stored)) {
 			r.follow(l.stored, l.standing, nil)
 			return r.project(ctx, l.stored)
 		}

@@ -136,11 +136,15 @@ func (b Bank) MarshalText() ([]byte, error) {
 	}
 	raw := binary.AppendUvarint(nil, b.Blocks)
 	raw = binary.AppendUvarint(raw, uint64(len(b.LogE)))
-	for _, x := range b.LogE {
-		raw = binary.LittleEndian.AppendUint64(raw, math.Float64bits(x))
+	for shift := 56; shift >= 0; shift -= 8 { // like bytes together: what stores it compresses it
+		for _, x := range b.LogE {
+			raw = append(raw, byte(math.Float64bits(x)>>shift))
+		}
 	}
-	for _, x := range b.Pi {
-		raw = binary.LittleEndian.AppendUint32(raw, math.Float32bits(x))
+	for shift := 24; shift >= 0; shift -= 8 {
+		for _, x := range b.Pi {
+			raw = append(raw, byte(math.Float32bits(x)>>shift))
+		}
 	}
 	return base64.RawStdEncoding.AppendEncode(nil, raw), nil
 }
@@ -172,14 +176,22 @@ func (b *Bank) UnmarshalText(text []byte) error {
 	}
 	got := Bank{Blocks: blocks, LogE: make([]float64, rows), Pi: make([]float32, len(parts)/4)}
 	for i := range got.LogE {
-		x := math.Float64frombits(binary.LittleEndian.Uint64(raw[8*i:]))
+		var bits uint64
+		for b := range 8 {
+			bits = bits<<8 | uint64(raw[b*len(got.LogE)+i])
+		}
+		x := math.Float64frombits(bits)
 		if !(math.Abs(x) <= limit) {
 			return errBank
 		}
 		got.LogE[i] = x
 	}
 	for i := range got.Pi {
-		x := math.Float32frombits(binary.LittleEndian.Uint32(parts[4*i:]))
+		var bits uint32
+		for b := range 4 {
+			bits = bits<<8 | uint32(parts[b*len(got.Pi)+i])
+		}
+		x := math.Float32frombits(bits)
 		if !(x >= 0 && x <= 2) {
 			return errBank
 		}

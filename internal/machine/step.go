@@ -93,6 +93,7 @@ func New(name string, p *Plan, nonce string) *State {
 func Step(s *State, p *Plan, in Input) []Event {
 	m := move{State: s, p: p, now: in.Now, rationales: in.Rationales, units: in.Units}
 	s.Round++
+	s.Last = in.Now
 	s.Clock += p.passed(in.Elapsed)
 	if in.Sources != nil {
 		s.Sources = in.Sources

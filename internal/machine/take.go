@@ -209,7 +209,7 @@ func (s *State) Account(followed time.Duration) time.Duration { return max(follo
 func (s *State) Head(p *Plan) *State {
 	c := *s
 	c.Gates, c.Consumed, c.Cursors, c.Retired, c.Sources, c.Lost = judge.State{}, nil, nil, nil, nil, nil
-	c.Pace, c.Reported, c.Acted = nil, nil, nil
+	c.Pace, c.Reported, c.Acted, c.Last = nil, nil, nil, time.Time{}
 	if extra := len(c.History) - headHistory; extra > 0 {
 		c.History = forget(c.History, extra)
 	}
