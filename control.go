@@ -212,18 +212,22 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 		return nil, err
 	}
 	sum := &tally.Sum{}
-	var gone []string // cursors whose documents cannot be read
+	var gone []string // whose documents cannot be read
 	broken := false
 	live := 0
 	lives := map[string]sign{}
 	for _, inc := range slices.Sorted(maps.Keys(docs)) {
 		d := docs[inc]
-		_, retired := st.Retired[inc]
+		old, retired := st.Retired[inc]
 		cursor, counted := st.Cursors[inc]
 		switch {
 		case retired || d.err == nil && !counted && d.about.Birth < st.Floor:
 			if d.err == nil && len(tasks) < clearings {
 				tasks = append(tasks, r.clearTask(r.evidencePrefix(st.Gen, st.Nonce)+inc))
+			}
+			if d.err != nil { // it stays where it is, and given up for as long
+				old.Round = st.Round
+				st.Retired[inc] = old
 			}
 			delete(docs, inc)
 			continue
@@ -244,7 +248,7 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 		}
 		if d.about.Sealed {
 			if doc, err := d.decode(); err == nil {
-				in.Dead = append(in.Dead, doc)
+				in.Dead = append(in.Dead, r.ours(st, doc))
 			}
 			continue
 		}
@@ -307,6 +311,17 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 	return tasks, nil
 }
 
+// ours is a document without the series of which nothing is consumed and never will be: what is stored must not grow by
+// whatever somebody has written.
+func (r *Rollout) ours(st *machine.State, doc *tally.Doc) *tally.Doc {
+	d := *doc
+	d.Series = slices.DeleteFunc(slices.Clone(doc.Series), func(s tally.Series) bool {
+		form, ok := r.formOf(s.Metric)
+		return st.Consumed[s.Key] == nil && (!ok || form.Size() != s.Cells)
+	})
+	return &d
+}
+
 // far reports whether a number of processes is so far from another that it matters.
 func far(a, b int) bool { return a != b && (min(a, b) < 32 || 8*a > 9*b || 9*a < 8*b) }
 
@@ -331,7 +346,7 @@ func (r *Rollout) without(ctx context.Context, st *machine.State, in *machine.In
 	r.logger().Error("rollout: what could not be read is given up; what it had counted and was not judged never is", "rollout", r.name, "err", cause)
 	r.missing = 0
 	in.Lost = gone
-	machine.Rebase(st, sum)
+	machine.Rebase(st, sum, r.formOf)
 	return nil
 }
 

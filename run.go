@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	mathrand "math/rand/v2"
 	"sync"
 	"time"
@@ -264,15 +265,20 @@ func (r *Rollout) logUnknown() {
 	}
 }
 
-// verb has an operator's wish carried out in the stored state.
+// verb has an operator's wish carried out in the stored state. What may expose somebody, or settles what was, is for the
+// generation that was known when it was called; what only lowers is for whichever is there.
 func (r *Rollout) verb(ctx context.Context, v machine.Verb) error {
 	if r == nil {
 		return errNil
 	}
+	last := uint64(math.MaxUint64)
 	r.mu.Lock()
 	v.Checks, v.Units = r.checks, r.unitsLocked()
+	if !v.Lowers() && r.known != nil && r.running.Load() { // else what is known may be long ago
+		last = r.known.Gen
+	}
 	r.mu.Unlock()
-	_, err := r.update(ctx, func(st *machine.State, standing machine.Standing) ([]machine.Event, error) {
+	_, err := r.updateOf(ctx, last, func(st *machine.State, standing machine.Standing) ([]machine.Event, error) {
 		if standing != machine.Current {
 			switch v.Name {
 			case machine.VerbRollback, machine.VerbHold, machine.VerbRestart, machine.VerbWaive:

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strconv"
 	"time"
@@ -178,7 +179,7 @@ func (r *Rollout) latest(ctx context.Context) (look, error) {
 	switch {
 	case stored == nil && known == nil:
 		l.st, l.dirty = machine.New(r.name, r.plan, randomText()), true
-	case stored == nil, known != nil && older(stored, known):
+	case stored == nil, known != nil && (older(stored, known) || !older(known, stored) && stored.Term < known.Term):
 		r.logger().Error("rollout: the Store went back to an older state; what was known is joined with it", "rollout", r.name)
 		l.st, l.events = machine.Rejoin(stored, known, r.plan, randomText(), r.now())
 		l.dirty = true
@@ -239,14 +240,19 @@ func (r *Rollout) noteStore(err error) {
 // update changes the stored state by f, until no other writer comes between, and follows the result. f may be called
 // several times, each time with a state of its own.
 func (r *Rollout) update(ctx context.Context, f func(*machine.State, machine.Standing) ([]machine.Event, error)) (*machine.State, error) {
+	return r.updateOf(ctx, math.MaxUint64, f)
+}
+
+// updateOf is update, unless a generation after last is stored already.
+func (r *Rollout) updateOf(ctx context.Context, last uint64, f func(*machine.State, machine.Standing) ([]machine.Event, error)) (*machine.State, error) {
 	var gen uint64
 	for {
 		l, err := r.latest(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrNotStored, err)
 		}
-		if gen != 0 && l.st.Gen != gen {
-			return nil, fmt.Errorf("rollout: overtaken: generation %d began meanwhile", l.st.Gen)
+		if gen != 0 && l.st.Gen != gen || l.stored != nil && l.stored.Gen > last {
+			return nil, fmt.Errorf("%w: overtaken: generation %d began meanwhile", ErrState, l.st.Gen)
 		}
 		gen = l.st.Gen
 		more, err := f(l.st, l.standing)

@@ -189,10 +189,10 @@ func (f Form) block(k tally.Key, news tally.Counts) judge.Block {
 
 // Rebase gives up what cannot be read any more: what there is counts as consumed, and is not bet. Input.Lost says whose
 // it was.
-func Rebase(s *State, sum *tally.Sum) {
+func Rebase(s *State, sum *tally.Sum, form func(metric string) (Form, bool)) {
 	next := tally.Ledger{}
 	for k, t := range sum.Totals {
-		if k.Epoch >= s.Oldest && k.Epoch <= s.Epoch {
+		if f, ok := form(k.Metric); ok && f.Size() == k.Cells && k.Epoch >= s.Oldest && k.Epoch <= s.Epoch {
 			next[k] = &tally.Taken{Counts: t.Counts, Seen: t.Counts.Sum(1), Ahead: t.Events, Closed: int64(s.Clock)}
 		}
 	}

@@ -31,6 +31,11 @@ type Verb struct {
 	Units    map[string][2]uint64 // as in Input
 }
 
+// Lowers reports whether no share can rise by the verb, and nothing is taken for settled.
+func (v Verb) Lowers() bool {
+	return v.Name == VerbRollback || v.Name == VerbRollbackRing || v.Name == VerbHold
+}
+
 // The names of the verbs.
 const (
 	VerbApprove      = "approve"
