@@ -153,6 +153,32 @@ type fleetRun struct {
 	all   []*Rollout
 	rnd   *rand.Rand
 	stop  func()
+
+	mirrors []mirror
+}
+
+// mirror is a replica that has the documents of another one under a name of its own, and does nothing else.
+type mirror struct{ seq, rev uint64 }
+
+// reflect has every so many-th mirror publish.
+func (f *fleetRun) reflect(part, parts int) {
+	for i := part; i < len(f.mirrors); i += parts {
+		r, m := f.all[i%len(f.all)], &f.mirrors[i]
+		st := r.following()
+		prefix := r.evidencePrefix(st.Gen, st.Nonce)
+		value, _, err := f.store.Store.Load(f.t.Context(), prefix+r.me())
+		must(f.t, err)
+		d, err := tally.Decode(value)
+		must(f.t, err)
+		if d.Seq == m.seq {
+			continue
+		}
+		m.seq, d.Inc = d.Seq, fmt.Sprintf("mirror-%05d-0123456789", i)
+		rev, ok, err := f.store.Store.CompareAndSwap(f.t.Context(), prefix+d.Inc, m.rev, d.Encode())
+		if m.rev = rev; !ok || err != nil {
+			f.t.Fatal("a mirror cannot publish: ", err)
+		}
+	}
 }
 
 // newRunning starts a fleet.
@@ -191,10 +217,11 @@ func fairDraw(seed uint64, n int) func(int) bool {
 // serve is so many ticks, with so many units a tick for each process.
 func (f *fleetRun) serve(ticks, units, metrics int) {
 	const parts = 5 // of a tick
-	for range ticks * parts {
+	for i := range ticks * parts {
 		for _, r := range f.all {
 			costTraffic(r, f.rnd, units/parts, metrics)
 		}
+		f.reflect(i%parts, parts)
 		time.Sleep(defaultInterval / parts)
 	}
 	synctest.Wait()
@@ -611,20 +638,25 @@ func TestFleetTable(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Test(t, func(t *testing.T) {
-			f := newRunning(t, n, 4)
+			real := min(n, 1000)
+			f := newRunning(t, real, 4)
 			defer f.stop()
 			f.serve(4, 2000, 4)
+			f.mirrors = make([]mirror, n-real)
+			f.serve(1, 100, 4)
 			f.store.reset()
 			ticks := max(24, 4800/n)
 			f.serve(ticks, 100, 4)
 			m, per := f.store.reset(), 1/float64(ticks)
-			each := func(x int) float64 { return float64(x) * per / float64(n) }
-			evidence := f.evidence()
-			t.Logf("%d replicas, %d ticks: documents %.2f a replica and tick, of %d bytes in the mean, %d at most; state written %.2f times a tick, %.2f refused, of %d bytes; head %.3f times, of %d bytes; Lists %.2f a tick of %d bytes; read a replica and tick %.0f bytes: lists %.0f, heads %.0f, states %.0f; all together %.2f Lists a tick",
-				n, ticks, each(m.wrote["ev"].n), m.wrote["ev"].bytes/max(m.wrote["ev"].n, 1), m.greatest["ev"],
+			one := func(x int) float64 { return float64(x) * per / float64(real) } // of what every replica does
+			each := func(x int) float64 { return float64(x) * per / float64(n) }   // of what two do
+			evidence := float64(f.evidence())
+			read := one(m.read["head"].bytes) + each(m.read["list"].bytes+m.read["state"].bytes)
+			t.Logf("%d replicas, %d ticks: documents %.2f a replica and tick, of %d bytes in the mean, %d at most; state written %.2f times a tick, %.2f refused, of %d bytes; head %.3f times, of %d bytes; Lists %.2f a tick of %.0f bytes; read a replica and tick %.0f bytes: lists %.0f, heads %.0f, states %.0f; all together %.2f Lists a tick",
+				n, ticks, one(m.wrote["ev"].n), m.wrote["ev"].bytes/max(m.wrote["ev"].n, 1), m.greatest["ev"],
 				float64(m.wrote["state"].n)*per, float64(m.refused)*per, m.present["state"], float64(m.wrote["head"].n)*per, m.present["head"],
 				float64(m.read["list"].n)*per, evidence,
-				each(m.bytesRead()), each(m.read["list"].bytes), each(m.read["head"].bytes), each(m.read["state"].bytes), float64(m.bytesRead())*per/float64(evidence))
+				read, each(m.read["list"].bytes), one(m.read["head"].bytes), each(m.read["state"].bytes), read*float64(n)/evidence)
 		})
 	}
 }

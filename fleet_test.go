@@ -623,24 +623,15 @@ func (s *sim) state() *machine.State {
 func (s *sim) settle() {
 	s.calm = true
 	s.store.late = nil
-	for range 4 {
-		for _, p := range s.procs {
-			p.cut, p.paused = false, 0
-			s.turn(p)
-		}
-		s.now = s.now.Add(5 * time.Second)
+	for _, p := range s.procs {
+		p.cut, p.paused = false, 0
 	}
-	s.now = s.now.Add(61 * time.Second)
-	for range 3 {
+	for _, wait := range []time.Duration{5, 5, 5, 66, 61, 61, 61, 0, 0} { // the last has written what the first must hear of
 		for _, p := range s.procs {
 			s.turn(p)
+			s.now = s.now.Add(2 * time.Second) // nobody leaves it to the one before
 		}
-		s.now = s.now.Add(61 * time.Second)
-	}
-	for range 2 { // the last has written what the first must hear of
-		for _, p := range s.procs {
-			s.turn(p)
-		}
+		s.now = s.now.Add(wait * time.Second)
 	}
 	st := s.state()
 	if st == nil || st.Phase != machine.Running && st.Phase != machine.Held {

@@ -29,7 +29,8 @@ var (
 	ErrRunning = errors.New("rollout: already running")
 	// ErrStage: the stage named is not the present one.
 	ErrStage = machine.ErrStage
-	// ErrState: what was asked for makes no sense in the present state.
+	// ErrState: what was asked for makes no sense in the present state. It is also the answer where a new generation began
+	// that this process, in its Run, had not heard of: only Hold, Rollback and RollbackRing are for whichever is there.
 	ErrState = machine.ErrState
 	// ErrVersion: this process has another version than the rollout is about, or an older policy of it.
 	ErrVersion = errors.New("rollout: this process has another version than the rollout is about")
