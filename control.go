@@ -54,7 +54,7 @@ func (r *Rollout) evaluates(c *clock) (yes, drawn bool) {
 	r.mu.Lock()
 	st, intent := r.known, r.intent
 	r.mu.Unlock()
-	if st == nil || st.Live <= 2 || c.alarm || intent != nil || c.doubt != nil {
+	if st == nil || st.Live <= 1 || c.alarm || intent != nil || c.doubt != nil {
 		return true, false
 	}
 	yes = r.coin(st.Live)

@@ -158,23 +158,25 @@ type fleetRun struct {
 }
 
 // mirror is a replica that has the documents of another one under a name of its own, and does nothing else.
-type mirror struct{ seq, rev uint64 }
+type mirror struct {
+	inc      string
+	seq, rev uint64
+}
 
 // reflect has every so many-th mirror publish.
 func (f *fleetRun) reflect(part, parts int) {
+	synctest.Wait()
 	for i := part; i < len(f.mirrors); i += parts {
 		r, m := f.all[i%len(f.all)], &f.mirrors[i]
-		st := r.following()
-		prefix := r.evidencePrefix(st.Gen, st.Nonce)
-		value, _, err := f.store.Store.Load(f.t.Context(), prefix+r.me())
+		value, _, err := f.store.Store.Load(f.t.Context(), r.pub.key(r))
 		must(f.t, err)
 		d, err := tally.Decode(value)
 		must(f.t, err)
 		if d.Seq == m.seq {
 			continue
 		}
-		m.seq, d.Inc = d.Seq, fmt.Sprintf("mirror-%05d-0123456789", i)
-		rev, ok, err := f.store.Store.CompareAndSwap(f.t.Context(), prefix+d.Inc, m.rev, d.Encode())
+		m.seq, d.Inc = d.Seq, m.inc
+		rev, ok, err := f.store.Store.CompareAndSwap(f.t.Context(), r.evidencePrefix(r.pub.gen, r.pub.nonce)+d.Inc, m.rev, d.Encode())
 		if m.rev = rev; !ok || err != nil {
 			f.t.Fatal("a mirror cannot publish: ", err)
 		}
@@ -642,7 +644,9 @@ func TestFleetTable(t *testing.T) {
 			f := newRunning(t, real, 4)
 			defer f.stop()
 			f.serve(4, 2000, 4)
-			f.mirrors = make([]mirror, n-real)
+			for i := range n - real {
+				f.mirrors = append(f.mirrors, mirror{inc: fmt.Sprintf("mirror-%04d-%s", i, randomText())})
+			}
 			f.serve(1, 100, 4)
 			f.store.reset()
 			ticks := max(24, 4800/n)
@@ -650,7 +654,7 @@ func TestFleetTable(t *testing.T) {
 			m, per := f.store.reset(), 1/float64(ticks)
 			one := func(x int) float64 { return float64(x) * per / float64(real) } // of what every replica does
 			each := func(x int) float64 { return float64(x) * per / float64(n) }   // of what two do
-			evidence := float64(f.evidence())
+			evidence := float64(m.read["list"].bytes) / float64(m.read["list"].n)
 			read := one(m.read["head"].bytes) + each(m.read["list"].bytes+m.read["state"].bytes)
 			t.Logf("%d replicas, %d ticks: documents %.2f a replica and tick, of %d bytes in the mean, %d at most; state written %.2f times a tick, %.2f refused, of %d bytes; head %.3f times, of %d bytes; Lists %.2f a tick of %.0f bytes; read a replica and tick %.0f bytes: lists %.0f, heads %.0f, states %.0f; all together %.2f Lists a tick",
 				n, ticks, one(m.wrote["ev"].n), m.wrote["ev"].bytes/max(m.wrote["ev"].n, 1), m.greatest["ev"],

@@ -149,7 +149,7 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 		select {
 		case <-ctx.Done():
 		case <-ticker.C:
-			if r.crowded() { // many that tick at one moment are in each other's way
+			if r.crowded() { // those that tick at one moment are in each other's way
 				ticker.Reset(r.o.Interval*9/10 + time.Duration(mathrand.Int64N(int64(r.o.Interval/5)+1)))
 			}
 		case <-r.wake:
@@ -160,11 +160,11 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 	}
 }
 
-// crowded reports whether many processes share the rollout.
+// crowded reports whether several processes share the rollout.
 func (r *Rollout) crowded() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.known != nil && r.known.Live > 2
+	return r.known != nil && r.known.Live > 1
 }
 
 // finish stores the last evidence.
