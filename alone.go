@@ -24,7 +24,7 @@ type fork struct {
 	open  bool   // its evidence is not judged with that of all yet
 	inc   string // the incarnation that has published it
 	seq   uint64 // at this cut or before
-	epoch uint64 // the last one known that was decided without it
+	epoch uint64 // the last one known that may have been decided without it
 }
 
 // holds reports whether the candidate is out of use in a state. What is completed is what everybody has.
@@ -44,8 +44,8 @@ func (r *Rollout) joins(st *machine.State) {
 	if f.inc != p.inc && p.acked != nil { // all of it, or what is left of it where it was folded meanwhile
 		f.inc, f.seq = p.inc, p.acked.Seq
 	}
+	f.epoch = st.Epoch // it may have been decided just before its evidence was judged
 	if p.acked != nil && st.Cursors[f.inc].Seq < f.seq {
-		f.epoch = st.Epoch
 		return
 	}
 	f.open = false

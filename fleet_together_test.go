@@ -286,6 +286,81 @@ func TestForkReturns(t *testing.T) {
 	}
 }
 
+// TestForkOverlooks: what was decided without the evidence by which a process has condemned the candidate, just before that
+// evidence was judged, does not have it served again there.
+func TestForkOverlooks(t *testing.T) {
+	now := driverStart
+	store := MemStore()
+	away, isDown := &faulty{Store: store}, false
+	p := threeStages()
+	p.Independent, p.ProveFrom = true, 100
+	p.Gates = []Gate{Errors.Within(5)}
+	p.Stages = Percentages(10, 30, 60, 100)
+	a := manual(t, away, "a", p, &now)
+	p.MayAdvance = func(time.Time) bool {
+		if isDown && !served(a) { // after the evidence was listed: it comes back, and publishes what nobody judges now
+			away.set(nil, nil, nil)
+			isDown = false
+			turn(a)
+		}
+		return true
+	}
+	b, c := manual(t, store, "b", p, &now), manual(t, store, "c", p, &now)
+	n := 0
+	req := func(r *Rollout, many, part int) {
+		for range many {
+			n++
+			d := r.Decide(Unit{Key: fmt.Sprint(n)})
+			d.Record(Errors.Observe(d.Enabled() && n%10 < part))
+		}
+	}
+	tick := func(all ...*Rollout) {
+		now = now.Add(5 * time.Second)
+		for _, r := range all {
+			turn(r)
+			req(r, 400, 0)
+		}
+	}
+	for range 4 {
+		tick(a, b, c)
+	}
+	a.coin = func(int) bool { return false }
+	away.set(down, down, nil)
+	isDown = true
+	for served(a) {
+		req(a, 40, 9)
+		now = now.Add(5 * time.Second)
+		turn(a)
+	}
+	for isDown {
+		tick(b)
+	}
+	was := inStore(t, store)
+	if !a.fork.open || was.Epoch <= a.fork.epoch {
+		t.Fatalf("nothing was decided without it: %+v, %d", a.fork, was.Epoch)
+	}
+	now = now.Add(5 * time.Second)
+	turn(c)
+	if st := inStore(t, store); st.Phase != machine.Running || st.Epoch != was.Epoch || st.Cursors[a.fork.inc].Seq < a.fork.seq {
+		t.Fatalf("its evidence is not judged: %v, epoch %d", st.Phase, st.Epoch)
+	}
+	turn(a)
+	if a.fork.open {
+		t.Fatal("it has not heard of it")
+	}
+	if served(a) {
+		t.Error("it serves what it has condemned, as others have decided without its evidence")
+	}
+	for b.Status().Stage.Name == was.Stage.Name {
+		tick(b, c)
+	}
+	now = now.Add(5 * time.Second)
+	turn(a)
+	if !served(a) {
+		t.Errorf("others have decided with its evidence, and it serves nobody: %+v", a.fork)
+	}
+}
+
 // TestIntervals: processes may have different intervals, and the slow one is not taken for dead.
 func TestIntervals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
