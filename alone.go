@@ -44,9 +44,15 @@ func (r *Rollout) joins(st *machine.State) {
 	if f.inc != p.inc && p.acked != nil { // all of it, or what is left of it where it was folded meanwhile
 		f.inc, f.seq = p.inc, p.acked.Seq
 	}
-	f.epoch = st.Epoch // it may have been decided just before its evidence was judged
-	if p.acked != nil && st.Cursors[f.inc].Seq < f.seq {
-		return
+	f.epoch = st.Epoch
+	if p.acked != nil {
+		cursor := st.Cursors[f.inc]
+		if cursor.Seq < f.seq {
+			return
+		}
+		if st.Decided > cursor.Round { // not just before, but with it or after
+			f.epoch--
+		}
 	}
 	f.open = false
 	r.publishLocked()

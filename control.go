@@ -49,7 +49,7 @@ func (r *Rollout) tick(ctx context.Context, c *clock, last bool) {
 }
 
 // evaluates reports whether this process judges the whole in this tick: by chance, so that about two do, however many
-// there are. There is no leader to wait for. drawn: only chance says so.
+// there are. There is no leader to wait for. drawn: only chance says so, in a tick that the clock began.
 func (r *Rollout) evaluates(c *clock) (yes, drawn bool) {
 	r.mu.Lock()
 	st, intent := r.known, r.intent
@@ -58,24 +58,34 @@ func (r *Rollout) evaluates(c *clock) (yes, drawn bool) {
 		return true, false
 	}
 	yes = r.coin(st.Live)
-	return yes, yes
+	return yes, yes && !c.woken
 }
 
-// justJudged reports whether another process has evaluated so lately that there is hardly anything new to read. By clocks
-// that differ it is another moment, or never, but as long.
-func (r *Rollout) justJudged(st *machine.State) bool {
-	if st == nil || st.Last.IsZero() || st.Phase != machine.Running && st.Phase != machine.Held {
+// mostLeft is how often in a row one that is drawn may leave it to others: it may know what they do not.
+const mostLeft = 3
+
+// leaves reports whether another process has evaluated so lately that there is hardly anything new to read, and no time to
+// account for. By clocks that differ it is another moment, or never, but as long.
+func (r *Rollout) leaves(st *machine.State, c *clock) bool {
+	if st == nil || st.Writer == r.me() || c.left >= mostLeft {
 		return false
 	}
-	ago := r.now().Sub(st.Last)
-	return ago >= 0 && ago < r.o.Interval/4
+	now := r.now()
+	ago := now.Sub(st.Last)
+	if ago < 0 || ago >= r.o.Interval/4 || st.Account(r.followed(st, now)) >= r.o.Interval {
+		return false
+	}
+	c.left++
+	return true
 }
 
 // clock is what the loop remembers of its own time and writes.
 type clock struct {
 	loaded time.Time // when the last tick began that has used the Store
 	alarm  bool      // the tick is only for what must never happen
+	woken  bool      // something else than the time began the tick
 	fresh  bool      // nothing was evaluated in this Run yet
+	left   int       // how often in a row an evaluation was left to others
 	doubt  *doubt
 	alone  alone // the zero value while the Store can be used
 }
@@ -104,13 +114,14 @@ func (r *Rollout) evaluate(ctx context.Context, c *clock, last, drawn bool) erro
 		}
 		r.confirm(l.stored)
 		r.joins(l.stored)
-		if !l.dirty && (l.standing != machine.Current || drawn && r.justJudged(l.stored)) {
+		if !l.dirty && (l.standing != machine.Current || drawn && !last && r.leaves(l.stored, c)) {
 			r.follow(l.stored, l.standing, nil)
 			return r.project(ctx, l.stored)
 		}
 		if known := r.following(); known != nil && l.stored != nil && !l.dirty && known.Gen == l.stored.Gen && older(known, l.stored) {
 			r.follow(l.stored, l.standing, nil) // whether or not anything can be written
 		}
+		c.left = 0
 		at := r.now()
 		next, ver := l.st, l.st.Ver
 		var blocks []machine.Block
@@ -148,9 +159,9 @@ func (r *Rollout) evaluate(ctx context.Context, c *clock, last, drawn bool) erro
 				}
 			}
 			// Whoever begins to follow the time of a rollout that nobody else follows begins it anew: else what is accounted for
-			// would be waited for again, by each of many short lives.
+			// would be waited for again, by each of many short lives. Where many begin, one of them a tick is enough.
 			goes := next.Phase == machine.Running || next.Phase == machine.Held
-			due := goes && (followed >= r.checkpoint() || c.fresh && since > 0 && live <= 2)
+			due := goes && (followed >= r.checkpoint() || c.fresh && since > 0 && (live <= 2 || since >= r.o.Interval))
 			c.fresh = false
 			if !l.dirty && slices.Equal(next.Acted, acted) && news == 0 && !due && followed-since < r.checkpoint() && !(last && goes) {
 				r.follow(l.stored, l.standing, nil)
@@ -316,8 +327,7 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 func (r *Rollout) ours(st *machine.State, doc *tally.Doc) *tally.Doc {
 	d := *doc
 	d.Series = slices.DeleteFunc(slices.Clone(doc.Series), func(s tally.Series) bool {
-		form, ok := r.formOf(s.Metric)
-		return st.Consumed[s.Key] == nil && (!ok || form.Size() != s.Cells)
+		return st.Consumed[s.Key] == nil && !machine.Ours(r.plan, r.formOf, s.Key)
 	})
 	return &d
 }
@@ -346,7 +356,7 @@ func (r *Rollout) without(ctx context.Context, st *machine.State, in *machine.In
 	r.logger().Error("rollout: what could not be read is given up; what it had counted and was not judged never is", "rollout", r.name, "err", cause)
 	r.missing = 0
 	in.Lost = gone
-	machine.Rebase(st, sum, r.formOf)
+	machine.Rebase(st, r.plan, sum, r.formOf)
 	return nil
 }
 

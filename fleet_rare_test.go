@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -39,7 +41,7 @@ func TestVerbOfEarlierGeneration(t *testing.T) {
 		turn(a)
 		must(t, a.Hold(ctx, "wait"))
 		was := inStore(t, store)
-		if err := verb(); !errors.Is(err, ErrState) {
+		if err := verb(); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "overtaken") {
 			t.Errorf("%s: %v", name, err)
 		}
 		if st := inStore(t, store); st.Gen != was.Gen || st.Ver != was.Ver {
@@ -67,34 +69,98 @@ func TestVerbOfEarlierGeneration(t *testing.T) {
 	}
 }
 
-// TestTakeOverLost: where the Store has lost who took over the steps of a rollback, and nothing else, nobody gets the fence
-// that one has already.
-func TestTakeOverLost(t *testing.T) {
+// racing has something happen before a write, once.
+type racing struct {
+	Store
+	before func()
+}
+
+func (r *racing) CompareAndSwap(ctx context.Context, key string, old uint64, value []byte) (uint64, bool, error) {
+	if f := r.before; f != nil {
+		r.before = nil
+		f()
+	}
+	return r.Store.CompareAndSwap(ctx, key, old, value)
+}
+
+// TestVerbOverNewGeneration: a generation that begins while a rollback is being stored is rolled back with it.
+func TestVerbOverNewGeneration(t *testing.T) {
 	now := driverStart
 	store := MemStore()
-	p := threeStages()
-	p.Rollback = []RollbackStep{{Name: "undo", Do: func(context.Context, Incident) error { return nil }}}
-	a := manual(t, store, "a", p, &now)
+	race := &racing{Store: store}
+	a, b := manual(t, store, "a", threeStages(), &now), manual(t, race, "b", threeStages(), &now)
 	turn(a)
-	must(t, a.Rollback(t.Context(), "bad"))
-	doc, _, err := store.Load(t.Context(), a.key())
-	must(t, err)
-	st, err := a.update(t.Context(), func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
-		if machine.BeginAttempt(s, a.me(), true) < 0 {
-			t.Error("there is no step")
-		}
-		return nil, nil
-	})
-	must(t, err)
-	_, rev, err := store.Load(t.Context(), a.key())
-	must(t, err)
-	if _, ok, err := store.CompareAndSwap(t.Context(), a.key(), rev, doc); !ok || err != nil {
-		t.Fatal(ok, err)
+	turn(b)
+	race.before = func() {
+		must(t, a.Restart(t.Context(), "once more"))
+		turn(a)
 	}
-	now = now.Add(5 * time.Second)
-	turn(a)
-	if got := inStore(t, store); got.Term <= st.Term || got.Phase != machine.RollingBack {
-		t.Errorf("the fence is %d and was %d; it is %v", got.Term, st.Term, got.Phase)
+	must(t, b.Rollback(t.Context(), "bad"))
+	for range 3 {
+		now = now.Add(5 * time.Second)
+		turn(a)
+		turn(b)
+	}
+	if st := inStore(t, store); st.Gen != 2 || st.Phase != machine.RolledBack || served(a) || served(b) {
+		t.Errorf("generation %d is %v, served: %v, %v", st.Gen, st.Phase, served(a), served(b))
+	}
+}
+
+// TestTakeOverLost: where the Store has lost who took over the steps of a rollback, and nothing else, nobody gets the fence
+// that one has already: neither where the one that took over evaluates next nor where it only follows, nor where another has
+// taken over meanwhile.
+func TestTakeOverLost(t *testing.T) {
+	for _, c := range []struct{ evaluates, another bool }{{true, false}, {false, false}, {true, true}, {false, true}} {
+		now := driverStart
+		store := MemStore()
+		p := threeStages()
+		p.Rollback = []RollbackStep{{Name: "undo", Do: func(context.Context, Incident) error { return nil }}}
+		all := []*Rollout{manual(t, store, "a", p, &now), manual(t, store, "b", p, &now), manual(t, store, "c", p, &now)}
+		a, b := all[0], all[1]
+		for range 4 {
+			for _, r := range all {
+				now = now.Add(2 * time.Second)
+				work(r, new(time.Time), 1)
+			}
+		}
+		takeOver := func(r *Rollout) *machine.State {
+			st, err := r.update(t.Context(), func(s *machine.State, _ machine.Standing) ([]machine.Event, error) {
+				if machine.BeginAttempt(s, r.me(), true) < 0 {
+					t.Error("there is no step")
+				}
+				return nil, nil
+			})
+			must(t, err)
+			return st
+		}
+		must(t, a.Rollback(t.Context(), "bad"))
+		turn(b)
+		doc, _, err := store.Load(t.Context(), a.key())
+		must(t, err)
+		fence := takeOver(a).Term
+		_, rev, err := store.Load(t.Context(), a.key())
+		must(t, err)
+		if _, ok, err := store.CompareAndSwap(t.Context(), a.key(), rev, doc); !ok || err != nil {
+			t.Fatal(ok, err)
+		}
+		before, err := machine.Decode("x", doc)
+		must(t, err)
+		a.follow(before, machine.Stands(before, a.plan), nil) // as a tick does that had loaded it before
+		if got := a.following().Term; got != fence {
+			t.Errorf("the fence is %d, and it follows what was before: %d", fence, got)
+		}
+		if c.another {
+			takeOver(b)
+		}
+		a.coin = func(int) bool { return c.evaluates }
+		now = now.Add(5 * time.Second)
+		turn(a)
+		if got := inStore(t, store); got.Term <= fence || got.Phase != machine.RollingBack {
+			t.Errorf("%+v: the fence is %d and was %d; it is %v", c, got.Term, fence, got.Phase)
+		}
+		if got := takeOver(a); got.Term <= fence {
+			t.Errorf("%+v: the fence %d is given once more", c, got.Term)
+		}
 	}
 }
 
@@ -154,6 +220,9 @@ func TestForeignSeries(t *testing.T) {
 			counts[0][0] = 1
 			foreign.Series = append(foreign.Series, tally.Series{Key: tally.Key{Epoch: 1, Ring: "everyone", Metric: fmt.Sprintf("m%03d", i), Cells: 2}, Counts: counts})
 		}
+		foreign.Series = append(foreign.Series, tally.Series{Key: tally.Key{Epoch: 1, Ring: "mars", Metric: "split", Cells: splitForm.Size()}, Counts: tally.NewCounts(splitForm.Size())})
+		foreign.Series[100].Counts[0][0] = 1
+		foreign.Sort()
 		docs := map[string][]byte{"other": foreign.Encode()}
 		if broken {
 			docs["third"] = []byte("garbage")
@@ -167,58 +236,68 @@ func TestForeignSeries(t *testing.T) {
 			t.Fatalf("it is not as it was meant: %v, %v", st.Retired, st.Cursors)
 		}
 		for k := range st.Consumed {
-			if k.Metric[0] == 'm' {
+			if k.Metric[0] == 'm' || k.Ring == "mars" {
 				t.Fatalf("the state has %v, which nobody asked for", k)
 			}
 		}
 	}
 }
 
-// TestJudgedJustNow: who is drawn leaves it to another who has judged within a quarter of a tick by its clock, follows that,
-// and judges all the same where something must never happen, or clocks do not agree.
-func TestJudgedJustNow(t *testing.T) {
+// TestGivenUpOnce: what an edited policy does not judge is not forgotten where a document is given up: another policy may judge
+// it, and it counts once.
+func TestGivenUpOnce(t *testing.T) {
 	now := driverStart
-	late := now
-	lists := newMetered(0)
-	store := lists.Store
-	all := []*Rollout{manual(t, store, "a", threeStages(), &now), manual(t, lists, "b", threeStages(), &late), manual(t, store, "c", threeStages(), &now)}
-	a, b := all[0], all[1]
-	for range 3 {
-		now = now.Add(5 * time.Second)
-		late = now
-		for _, r := range all {
-			work(r, new(time.Time), 1)
-			late, now = late.Add(2*time.Second), now.Add(2*time.Second)
+	m := NewRate("m")
+	with, without := threeStages(), threeStages()
+	with.Independent, with.Bake, with.Deadline = true, 24*time.Hour, 2000*time.Hour
+	without.Independent, without.Bake, without.Deadline = true, 24*time.Hour, 2000*time.Hour
+	with.Gates = append(with.Gates, m.AtMost(50))
+	store := MemStore()
+	judged, recorded := uint64(0), uint64(0)
+	begin := func(name string, p Policy) *Rollout {
+		r := manual(t, store, name, p, &now)
+		r.judged = func(blocks []machine.Block) {
+			for _, b := range blocks {
+				for _, n := range slices.Concat(b.Candidate, b.Control) {
+					if b.Metric == "m" {
+						judged += n
+					}
+				}
+			}
+		}
+		return r
+	}
+	ticks := func(r *Rollout, n int) {
+		for range n {
+			now = now.Add(5 * time.Second)
+			turn(r)
 		}
 	}
-	if st := inStore(t, store); st.Live != 3 {
-		t.Fatalf("there are %d processes", st.Live)
+	a := begin("a", with)
+	turn(a)
+	for i := range 400 {
+		if d := a.Decide(Unit{Key: fmt.Sprint(i)}); d.Cohort() != None {
+			d.Record(m.Observe(false))
+			recorded++
+		}
 	}
-	for _, c := range []struct {
-		after, behind time.Duration
-		alarm, judges bool
-	}{
-		{after: 0},
-		{after: time.Second},
-		{after: 1249 * time.Millisecond},
-		{after: 1250 * time.Millisecond, judges: true},
-		{after: time.Second, alarm: true, judges: true},
-		{after: time.Second, behind: time.Hour, judges: true},
-		{after: time.Second, behind: -time.Hour, judges: true},
-	} {
-		now = now.Add(time.Minute)
-		late = now.Add(-c.behind)
-		work(a, new(time.Time), 1)
-		now, late = now.Add(c.after), late.Add(c.after)
-		lists.reset()
-		b.clock.alarm = c.alarm
-		work(b, new(time.Time), 1)
-		st := inStore(t, store)
-		if n := lists.reset().read["list"].n; n > 0 != c.judges {
-			t.Errorf("%+v: it makes %d Lists", c, n)
-		}
-		if b.known.Ver != st.Ver {
-			t.Errorf("%+v: it follows version %d of %d", c, b.known.Ver, st.Ver)
-		}
+	ticks(a, 30)
+	st := inStore(t, store)
+	if judged != recorded || recorded == 0 {
+		t.Fatalf("%d of %d are judged", judged, recorded)
+	}
+	if _, ok, err := store.CompareAndSwap(t.Context(), a.evidencePrefix(st.Gen, st.Nonce)+"other", 0, []byte("garbage")); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	ticks(begin("b", without), missingTries+3)
+	if _, ok := inStore(t, store).Retired["other"]; !ok {
+		t.Fatal("it is not given up")
+	}
+	ticks(begin("c", with), 5)
+	if st := inStore(t, store); st.Policy != a.plan.Policy {
+		t.Fatal("the first policy is not in force")
+	}
+	if judged != recorded {
+		t.Errorf("%d were recorded, and %d judged", recorded, judged)
 	}
 }

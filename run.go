@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	mathrand "math/rand/v2"
 	"sync"
 	"time"
@@ -131,7 +130,7 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 	for evaluate := true; ctx.Err() == nil; {
 		if evaluate {
 			r.tick(unhurried, &r.clock, false)
-			r.clock.alarm = false
+			r.clock.alarm, r.clock.woken = false, false
 		} else {
 			err := r.refresh(unhurried)
 			r.noteStore(err)
@@ -153,7 +152,7 @@ func (r *Rollout) loop(ctx context.Context, work *sync.WaitGroup) {
 				ticker.Reset(r.o.Interval*9/10 + time.Duration(mathrand.Int64N(int64(r.o.Interval/5)+1)))
 			}
 		case <-r.wake:
-			r.clock.alarm = r.alarm.Swap(false)
+			r.clock.alarm, r.clock.woken = r.alarm.Swap(false), true
 		case <-r.hint:
 			evaluate = false // a hint may be of our own write: evaluating it would write again
 		}
@@ -271,14 +270,17 @@ func (r *Rollout) verb(ctx context.Context, v machine.Verb) error {
 	if r == nil {
 		return errNil
 	}
-	last := uint64(math.MaxUint64)
+	gen := uint64(0)
 	r.mu.Lock()
 	v.Checks, v.Units = r.checks, r.unitsLocked()
-	if !v.Lowers() && r.known != nil && r.running.Load() { // else what is known may be long ago
-		last = r.known.Gen
+	switch {
+	case v.Lowers():
+		gen = anyGeneration
+	case r.known != nil && r.running.Load(): // else what is known may be long ago
+		gen = r.known.Gen
 	}
 	r.mu.Unlock()
-	_, err := r.updateOf(ctx, last, func(st *machine.State, standing machine.Standing) ([]machine.Event, error) {
+	_, err := r.updateOf(ctx, gen, func(st *machine.State, standing machine.Standing) ([]machine.Event, error) {
 		if standing != machine.Current {
 			switch v.Name {
 			case machine.VerbRollback, machine.VerbHold, machine.VerbRestart, machine.VerbWaive:

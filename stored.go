@@ -179,7 +179,7 @@ func (r *Rollout) latest(ctx context.Context) (look, error) {
 	switch {
 	case stored == nil && known == nil:
 		l.st, l.dirty = machine.New(r.name, r.plan, randomText()), true
-	case stored == nil, known != nil && (older(stored, known) || !older(known, stored) && stored.Term < known.Term):
+	case stored == nil, known != nil && wentBack(stored, known):
 		r.logger().Error("rollout: the Store went back to an older state; what was known is joined with it", "rollout", r.name)
 		l.st, l.events = machine.Rejoin(stored, known, r.plan, randomText(), r.now())
 		l.dirty = true
@@ -221,6 +221,15 @@ func (r *Rollout) yields(st *machine.State) bool {
 // older reports whether state a was left behind by b.
 func older(a, b *machine.State) bool { return a.Gen < b.Gen || a.Gen == b.Gen && a.Ver < b.Ver }
 
+// wentBack reports whether a stored state is without something that is known to have been stored: also where that is no more
+// than who runs the steps of a rollback.
+func wentBack(stored, known *machine.State) bool {
+	if older(stored, known) || older(known, stored) {
+		return older(stored, known)
+	}
+	return stored.Term < known.Term || stored.Term == known.Term && stored.Runner != "" && known.Runner != "" && stored.Runner != known.Runner
+}
+
 // noteStore remembers how the last use of the Store went, and logs a change.
 func (r *Rollout) noteStore(err error) {
 	r.mu.Lock()
@@ -240,18 +249,21 @@ func (r *Rollout) noteStore(err error) {
 // update changes the stored state by f, until no other writer comes between, and follows the result. f may be called
 // several times, each time with a state of its own.
 func (r *Rollout) update(ctx context.Context, f func(*machine.State, machine.Standing) ([]machine.Event, error)) (*machine.State, error) {
-	return r.updateOf(ctx, math.MaxUint64, f)
+	return r.updateOf(ctx, 0, f)
 }
 
-// updateOf is update, unless a generation after last is stored already.
-func (r *Rollout) updateOf(ctx context.Context, last uint64, f func(*machine.State, machine.Standing) ([]machine.Event, error)) (*machine.State, error) {
+// anyGeneration is whichever there is, also where one begins meanwhile.
+const anyGeneration = math.MaxUint64
+
+// updateOf is update of a generation; 0 is the one that is loaded first.
+func (r *Rollout) updateOf(ctx context.Context, of uint64, f func(*machine.State, machine.Standing) ([]machine.Event, error)) (*machine.State, error) {
 	var gen uint64
 	for {
 		l, err := r.latest(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrNotStored, err)
 		}
-		if gen != 0 && l.st.Gen != gen || l.stored != nil && l.stored.Gen > last {
+		if of != anyGeneration && (gen != 0 && l.st.Gen != gen || of != 0 && l.stored != nil && l.stored.Gen > of) {
 			return nil, fmt.Errorf("%w: overtaken: generation %d began meanwhile", ErrState, l.st.Gen)
 		}
 		gen = l.st.Gen
@@ -316,7 +328,7 @@ func (r *Rollout) followAt(st *machine.State, standing machine.Standing, events 
 	} else {
 		told = nil
 	}
-	if r.known == nil || !older(st, r.known) {
+	if r.known == nil || !wentBack(st, r.known) {
 		if r.round != st.Round || r.known == nil || r.known.Gen != st.Gen {
 			r.moved, r.round = r.now(), st.Round
 		}
@@ -485,7 +497,7 @@ func (r *Rollout) refresh(ctx context.Context) error {
 	switch {
 	case err != nil:
 		return err
-	case known != nil && (st == nil || older(st, known)):
+	case known != nil && (st == nil || wentBack(st, known)):
 		return r.travelled(ctx)
 	case st == nil:
 		return nil

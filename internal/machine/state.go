@@ -77,12 +77,13 @@ type State struct {
 	Format int    `json:"format"`
 	Name   string `json:"name"`
 
-	Gen   uint64    `json:"gen"`             // candidates and restarts
-	Nonce string    `json:"nonce,omitempty"` // names this life of the generation
-	Ver   uint64    `json:"ver"`             // +1 on every change that a follower must see
-	Epoch uint64    `json:"epoch"`           // +1 on every change of any share or stage
-	Round uint64    `json:"round"`           // +1 on every evaluation
-	Last  time.Time `json:"last,omitzero"`   // when the last one was, by the clock of who made it
+	Gen     uint64    `json:"gen"`               // candidates and restarts
+	Nonce   string    `json:"nonce,omitempty"`   // names this life of the generation
+	Ver     uint64    `json:"ver"`               // +1 on every change that a follower must see
+	Epoch   uint64    `json:"epoch"`             // +1 on every change of any share or stage
+	Round   uint64    `json:"round"`             // +1 on every evaluation
+	Last    time.Time `json:"last,omitzero"`     // when the last one was, by the clock of who made it
+	Decided uint64    `json:"decided,omitempty"` // the round before or in which the present epoch was decided
 
 	Version  string         `json:"version"`  // of the candidate of this generation
 	Versions []VersionEntry `json:"versions"` // all there have been, in order

@@ -64,7 +64,7 @@ type Breach struct {
 
 // Input is what one evaluation sees.
 type Input struct {
-	Now        time.Time     // for people: decides nothing
+	Now        time.Time     // for people, and to tell how long ago it was
 	Elapsed    time.Duration // not accounted for yet, see [State.Account]
 	Blocks     []Block       // each given once, oldest epoch first
 	Outcomes   []string      // rings in which candidate outcomes of the present epoch arrived since the last step
@@ -185,6 +185,7 @@ func (m *move) reshare() {
 	m.Shares = m.p.shares(m.State)
 	m.Exposed = m.Exposed || maxShare(m.Shares) > 0
 	m.Epoch++
+	m.Decided = m.Round
 	m.Ver++
 	at := m.now
 	if n := len(m.History); n > 0 && at.Before(m.History[n-1].At) {

@@ -39,6 +39,12 @@ type Gathered struct {
 	Last  bool                                            // every block closes
 }
 
+// Ours reports whether a series is of a ring of the policy and a metric of those that have a form, with as many cells.
+func Ours(p *Plan, form func(metric string) (Form, bool), k tally.Key) bool {
+	f, ok := form(k.Metric)
+	return ok && f.Size() == k.Cells && p.ring(k.Ring) >= 0
+}
+
 // Take consumes what was gathered beyond what was consumed before: the blocks that close now, and what is news. It
 // changes only what is noted as consumed. An error means that less was gathered than was consumed.
 func Take(s *State, p *Plan, g Gathered, in *Input) error {
@@ -60,8 +66,8 @@ func Take(s *State, p *Plan, g Gathered, in *Input) error {
 	}
 	slices.SortFunc(keys, tally.Key.Compare)
 	for _, k := range keys {
-		form, ok := g.Form(k.Metric)
-		if !ok || form.Size() != k.Cells {
+		form, _ := g.Form(k.Metric)
+		if !Ours(p, g.Form, k) {
 			continue // of another policy
 		}
 		total, was := g.Sum.Totals[k], next[k]
@@ -189,10 +195,10 @@ func (f Form) block(k tally.Key, news tally.Counts) judge.Block {
 
 // Rebase gives up what cannot be read any more: what there is counts as consumed, and is not bet. Input.Lost says whose
 // it was.
-func Rebase(s *State, sum *tally.Sum, form func(metric string) (Form, bool)) {
+func Rebase(s *State, p *Plan, sum *tally.Sum, form func(metric string) (Form, bool)) {
 	next := tally.Ledger{}
 	for k, t := range sum.Totals {
-		if f, ok := form(k.Metric); ok && f.Size() == k.Cells && k.Epoch >= s.Oldest && k.Epoch <= s.Epoch {
+		if (s.Consumed[k] != nil || Ours(p, form, k)) && k.Epoch >= s.Oldest && k.Epoch <= s.Epoch {
 			next[k] = &tally.Taken{Counts: t.Counts, Seen: t.Counts.Sum(1), Ahead: t.Events, Closed: int64(s.Clock)}
 		}
 	}
