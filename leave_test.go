@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -96,15 +97,14 @@ func TestWokenByCheck(t *testing.T) {
 	for i := range 20 {
 		synctest.Test(t, func(t *testing.T) {
 			store := MemStore()
-			bad := false
-			var told time.Time
+			var bad atomic.Bool
+			var told atomic.Pointer[time.Time]
 			p := threeStages()
 			p.Bake, p.Deadline = 24*time.Hour, 1000*time.Hour
 			p.Gates = append(p.Gates, Check("disk", func(context.Context) (Verdict, error) {
-				if bad && told.IsZero() {
-					told = time.Now()
-				}
-				if bad {
+				if bad.Load() {
+					now := time.Now()
+					told.CompareAndSwap(nil, &now)
 					return Unhealthy, nil
 				}
 				return Healthy, nil
@@ -116,11 +116,15 @@ func TestWokenByCheck(t *testing.T) {
 				a.serve(500*time.Millisecond, 0, 0)
 				b.serve(500*time.Millisecond, 0, 0)
 			}
-			bad = true
+			bad.Store(true)
 			for inStore(t, store).Phase == machine.Running {
 				a.serve(100*time.Millisecond, 0, 0)
 			}
-			if d := time.Since(told); told.IsZero() || d > 2*time.Second+300*time.Millisecond { // it is asked once more before that is believed
+			first := told.Load()
+			if first == nil {
+				t.Fatal("it is held, and the Check was not asked")
+			}
+			if d := time.Since(*first); d > 2*time.Second+300*time.Millisecond { // it is asked once more before that is believed
 				t.Errorf("%d: it took %v", i, d)
 			}
 		})
