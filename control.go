@@ -322,12 +322,11 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 	return tasks, nil
 }
 
-// ours is a document without the series of which nothing is consumed and never will be: what is stored must not grow by
-// whatever somebody has written.
+// ours is a document without the series that the state does not keep.
 func (r *Rollout) ours(st *machine.State, doc *tally.Doc) *tally.Doc {
 	d := *doc
 	d.Series = slices.DeleteFunc(slices.Clone(doc.Series), func(s tally.Series) bool {
-		return st.Consumed[s.Key] == nil && !machine.Ours(r.plan, r.formOf, s.Key)
+		return !st.Keeps(r.plan, r.formOf, s.Key)
 	})
 	return &d
 }

@@ -640,11 +640,11 @@ func TestFleetTable(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Test(t, func(t *testing.T) {
-			real := min(n, 1000)
-			f := newRunning(t, real, 4)
+			full := min(n, 1000) // the others are mirrors
+			f := newRunning(t, full, 4)
 			defer f.stop()
 			f.serve(4, 2000, 4)
-			for i := range n - real {
+			for i := range n - full {
 				f.mirrors = append(f.mirrors, mirror{inc: fmt.Sprintf("mirror-%04d-%s", i, randomText())})
 			}
 			f.serve(1, 100, 4)
@@ -652,7 +652,7 @@ func TestFleetTable(t *testing.T) {
 			ticks := max(24, 4800/n)
 			f.serve(ticks, 100, 4)
 			m, per := f.store.reset(), 1/float64(ticks)
-			one := func(x int) float64 { return float64(x) * per / float64(real) } // of what every replica does
+			one := func(x int) float64 { return float64(x) * per / float64(full) } // of what every replica does
 			each := func(x int) float64 { return float64(x) * per / float64(n) }   // of what two do
 			evidence := float64(m.read["list"].bytes) / float64(m.read["list"].n)
 			read := one(m.read["head"].bytes) + each(m.read["list"].bytes+m.read["state"].bytes)

@@ -120,7 +120,7 @@ func TestTakeOverLost(t *testing.T) {
 		for range 4 {
 			for _, r := range all {
 				now = now.Add(2 * time.Second)
-				work(r, new(time.Time), 1)
+				busy(r)
 			}
 		}
 		takeOver := func(r *Rollout) *machine.State {
@@ -164,7 +164,7 @@ func TestTakeOverLost(t *testing.T) {
 	}
 }
 
-// garbled are processes with the document of one that nobody can read.
+// garbled is a process that finds such documents of others.
 func garbled(t *testing.T, now *time.Time, docs map[string][]byte) *Rollout {
 	a := manual(t, MemStore(), "a", threeStages(), now)
 	a.plan.Keep = 20
@@ -178,14 +178,19 @@ func garbled(t *testing.T, now *time.Time, docs map[string][]byte) *Rollout {
 	return a
 }
 
+// busy is a tick with traffic, at the time it is.
+func busy(r *Rollout) {
+	for i := range 20 {
+		r.Decide(Unit{Key: fmt.Sprint(r.now().Unix(), " ", i)}).Record(Errors.Observe(false))
+	}
+	turn(r)
+}
+
 // work is so many ticks with traffic.
-func work(a *Rollout, now *time.Time, ticks int) {
-	for i := range ticks {
+func work(r *Rollout, now *time.Time, ticks int) {
+	for range ticks {
 		*now = now.Add(5 * time.Second)
-		for j := range 20 {
-			a.Decide(Unit{Key: fmt.Sprint(now.Unix(), i, j)}).Record(Errors.Observe(false))
-		}
-		turn(a)
+		busy(r)
 	}
 }
 

@@ -233,6 +233,30 @@ func TestStepsBackLater(t *testing.T) {
 	})
 }
 
+// shift serves requests by processes, and has them tick.
+type shift struct {
+	now *time.Time
+	n   int // requests
+}
+
+// serve is so many requests, of which so many in ten of the candidate's fail.
+func (s *shift) serve(r *Rollout, many, bad int) {
+	for range many {
+		s.n++
+		d := r.Decide(Unit{Key: fmt.Sprint(s.n)})
+		d.Record(Errors.Observe(d.Enabled() && s.n%10 < bad))
+	}
+}
+
+// tick is one of all of them, and so many good requests for each.
+func (s *shift) tick(many int, all ...*Rollout) {
+	*s.now = s.now.Add(5 * time.Second)
+	for _, r := range all {
+		turn(r)
+		s.serve(r, many, 0)
+	}
+}
+
 // TestForkReturns: what one has condemned while it was cut off it does not serve by what others had decided meanwhile, also
 // where they have gone on twice, and its epoch counts no more.
 func TestForkReturns(t *testing.T) {
@@ -244,31 +268,17 @@ func TestForkReturns(t *testing.T) {
 		p.Independent, p.ProveFrom = true, 100
 		p.Stages = Percentages(10, 30, 60, 100)
 		a, b, c := manual(t, away, "a", p, &now), manual(t, store, "b", p, &now), manual(t, store, "c", p, &now)
-		n := 0
-		req := func(r *Rollout, part int) {
-			for range 40 {
-				n++
-				d := r.Decide(Unit{Key: fmt.Sprint(n)})
-				d.Record(Errors.Observe(d.Enabled() && n%10 < part))
-			}
-		}
-		tick := func(all ...*Rollout) {
-			now = now.Add(5 * time.Second)
-			for _, r := range all {
-				turn(r)
-				req(r, 0)
-			}
-		}
+		s := &shift{now: &now}
 		for range 4 {
-			tick(a, b, c)
+			s.tick(40, a, b, c)
 		}
 		away.set(down, down, nil)
 		for b.Status().Stage.Name != stage { // the others go on
-			tick(b, c)
+			s.tick(40, b, c)
 			turn(a)
 		}
 		for served(a) { // only now the candidate fails, here
-			req(a, 9)
+			s.serve(a, 40, 9)
 			now = now.Add(5 * time.Second)
 			turn(a)
 		}
@@ -306,34 +316,20 @@ func TestForkOverlooks(t *testing.T) {
 		return true
 	}
 	b, c := manual(t, store, "b", p, &now), manual(t, store, "c", p, &now)
-	n := 0
-	req := func(r *Rollout, many, part int) {
-		for range many {
-			n++
-			d := r.Decide(Unit{Key: fmt.Sprint(n)})
-			d.Record(Errors.Observe(d.Enabled() && n%10 < part))
-		}
-	}
-	tick := func(all ...*Rollout) {
-		now = now.Add(5 * time.Second)
-		for _, r := range all {
-			turn(r)
-			req(r, 400, 0)
-		}
-	}
+	s := &shift{now: &now}
 	for range 4 {
-		tick(a, b, c)
+		s.tick(400, a, b, c)
 	}
 	a.coin = func(int) bool { return false }
 	away.set(down, down, nil)
 	isDown = true
 	for served(a) {
-		req(a, 40, 9)
+		s.serve(a, 40, 9)
 		now = now.Add(5 * time.Second)
 		turn(a)
 	}
 	for isDown {
-		tick(b)
+		s.tick(400, b)
 	}
 	was := inStore(t, store)
 	if !a.fork.open || was.Epoch <= a.fork.epoch {
@@ -352,7 +348,7 @@ func TestForkOverlooks(t *testing.T) {
 		t.Error("it serves what it has condemned, as others have decided without its evidence")
 	}
 	for b.Status().Stage.Name == was.Stage.Name {
-		tick(b, c)
+		s.tick(400, b, c)
 	}
 	now = now.Add(5 * time.Second)
 	turn(a)

@@ -29,7 +29,7 @@ func familiar(t *testing.T, n int, p Policy, now, late *time.Time) ([]*Rollout, 
 		for _, r := range all {
 			*now = now.Add(2 * time.Second)
 			*late = *now
-			work(r, new(time.Time), 1)
+			busy(r)
 		}
 	}
 	if st := inStore(t, lists.Store); st.Live != n {
@@ -69,9 +69,9 @@ func TestJudgedJustNow(t *testing.T) {
 			now = now.Add(5 * time.Second)
 			late = now.Add(-c.behind)
 			if c.own {
-				work(b, new(time.Time), 1)
+				busy(b)
 			} else {
-				work(a, new(time.Time), 1)
+				busy(a)
 			}
 			now, late = now.Add(c.after), late.Add(c.after)
 			lists.reset()

@@ -39,10 +39,17 @@ type Gathered struct {
 	Last  bool                                            // every block closes
 }
 
-// Ours reports whether a series is of a ring of the policy and a metric of those that have a form, with as many cells.
-func Ours(p *Plan, form func(metric string) (Form, bool), k tally.Key) bool {
+// ours is the form of a series; false unless it is of a ring of the policy and of a metric that has a form, with as many cells.
+func ours(p *Plan, form func(metric string) (Form, bool), k tally.Key) (Form, bool) {
 	f, ok := form(k.Metric)
-	return ok && f.Size() == k.Cells && p.ring(k.Ring) >= 0
+	return f, ok && f.Size() == k.Cells && p.ring(k.Ring) >= 0
+}
+
+// Keeps reports whether a series has a place in the state: it is judged, or something of it was consumed, and counts for a
+// policy that judges it. What is stored must not grow by whatever somebody has written.
+func (s *State) Keeps(p *Plan, form func(metric string) (Form, bool), k tally.Key) bool {
+	_, ok := ours(p, form, k)
+	return ok || s.Consumed[k] != nil
 }
 
 // Take consumes what was gathered beyond what was consumed before: the blocks that close now, and what is news. It
@@ -66,8 +73,8 @@ func Take(s *State, p *Plan, g Gathered, in *Input) error {
 	}
 	slices.SortFunc(keys, tally.Key.Compare)
 	for _, k := range keys {
-		form, _ := g.Form(k.Metric)
-		if !Ours(p, g.Form, k) {
+		form, ok := ours(p, g.Form, k)
+		if !ok {
 			continue // of another policy
 		}
 		total, was := g.Sum.Totals[k], next[k]
@@ -198,7 +205,7 @@ func (f Form) block(k tally.Key, news tally.Counts) judge.Block {
 func Rebase(s *State, p *Plan, sum *tally.Sum, form func(metric string) (Form, bool)) {
 	next := tally.Ledger{}
 	for k, t := range sum.Totals {
-		if (s.Consumed[k] != nil || Ours(p, form, k)) && k.Epoch >= s.Oldest && k.Epoch <= s.Epoch {
+		if s.Keeps(p, form, k) && k.Epoch >= s.Oldest && k.Epoch <= s.Epoch {
 			next[k] = &tally.Taken{Counts: t.Counts, Seen: t.Counts.Sum(1), Ahead: t.Events, Closed: int64(s.Clock)}
 		}
 	}
