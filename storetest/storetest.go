@@ -1002,10 +1002,17 @@ func waitSeen(t testing.TB, seen <-chan uint64, rev uint64, which string) {
 	}
 }
 
+// drain waits until the hints of what was done before have come: none is then taken for one of what comes next.
+// A Watch that hints all the time is not waited for.
 func drain(hints <-chan bool) {
-	select {
-	case <-hints:
-	default:
+	for end := time.After(time.Second); ; {
+		select {
+		case <-hints:
+		case <-time.After(100 * time.Millisecond):
+			return
+		case <-end:
+			return
+		}
 	}
 }
 
