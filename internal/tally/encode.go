@@ -11,11 +11,11 @@ import (
 )
 
 // The document is binary: a JSON of its numbers would be three times as large. After the magic and the format come the
-// length of the rest but for its checksum, unsigned varints throughout, strings behind their lengths, and at the end a
-// CRC-32. In a vector, a zero stands before the length of a run of zeros: most cells never count anything.
+// length of the rest but for its checksum, unsigned varints throughout, strings behind their lengths, vectors as vector.go
+// says, and at the end a CRC-32.
 const (
 	magic  = "\x89rev"
-	format = 1
+	format = 2 // 1 had its vectors as varints, before there was a release
 
 	// MaxBytes is the longest document that is read.
 	MaxBytes  = 900 << 10
@@ -34,24 +34,6 @@ func appendText(b []byte, s string) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }
 
-func appendVector(b []byte, xs []uint64) []byte {
-	for i := 0; i < len(xs); {
-		if xs[i] != 0 {
-			b = binary.AppendUvarint(b, xs[i])
-			i++
-			continue
-		}
-		n := 1
-		for i+n < len(xs) && xs[i+n] == 0 {
-			n++
-		}
-		b = append(b, 0)
-		b = binary.AppendUvarint(b, uint64(n))
-		i += n
-	}
-	return b
-}
-
 func appendKey(b []byte, k Key) []byte {
 	b = binary.AppendUvarint(b, k.Epoch)
 	b = appendText(appendText(b, k.Ring), k.Metric)
@@ -60,37 +42,46 @@ func appendKey(b []byte, k Key) []byte {
 
 // Encode is the document as stored. Its series must be in order.
 func (d *Doc) Encode() []byte {
-	b := append([]byte(magic), format)
-	b = appendText(b, d.Inc)
+	p := packer{b: append([]byte(magic), format)}
+	p.b = appendText(p.b, d.Inc)
 	for _, n := range []uint64{d.Birth, d.Seq, d.Ack} {
-		b = binary.AppendUvarint(b, n)
+		p.b = binary.AppendUvarint(p.b, n)
 	}
 	flags := byte(0)
 	if d.Sealed {
 		flags = 1
 	}
-	b = append(b, flags)
-	b = binary.AppendUvarint(b, uint64(len(d.Open)))
+	p.b = append(p.b, flags)
+	p.b = binary.AppendUvarint(p.b, uint64(len(d.Open)))
 	for _, o := range d.Open {
-		b = binary.AppendUvarint(appendText(b, o.Ring), o.Gen)
-		for _, by := range [][]uint64{o.Candidate, o.Control} {
-			b = binary.AppendUvarint(b, uint64(len(by)))
-			b = appendVector(b, by)
+		p.b = binary.AppendUvarint(appendText(p.b, o.Ring), o.Gen)
+		for cohort, by := range [][]uint64{o.Control, o.Candidate} {
+			p.b = binary.AppendUvarint(p.b, uint64(len(by)))
+			p.vector(cohort, by)
 		}
 	}
-	b = binary.AppendUvarint(b, uint64(len(d.Series)))
+	p.b = binary.AppendUvarint(p.b, uint64(len(d.Series)))
 	for i := range d.Series {
 		s := &d.Series[i]
-		b = binary.AppendUvarint(appendKey(b, s.Key), s.Events)
-		b = appendVector(appendVector(b, s.Counts[0]), s.Counts[1])
+		p.b = binary.AppendUvarint(appendKey(p.b, s.Key), s.Events)
+		p.counts(s.Counts)
 	}
-	return binary.BigEndian.AppendUint32(b, crc32.ChecksumIEEE(b))
+	return binary.BigEndian.AppendUint32(p.b, crc32.ChecksumIEEE(p.b))
+}
+
+func (p *packer) counts(c Counts) {
+	for cohort := range c {
+		p.vector(cohort, c[cohort])
+	}
 }
 
 // reader reads what the functions above append; after an error it reads zeros.
 type reader struct {
 	b   []byte
 	err error
+
+	likes likes
+	cells [frameCells]uint64 // of a frame, while it is read
 }
 
 func (r *reader) fail(format string, args ...any) {
@@ -130,42 +121,6 @@ func (r *reader) text(what string) string {
 	return s
 }
 
-// vector adds a vector to dst.
-func (r *reader) vector(dst []uint64, most uint64) {
-	b := r.b
-	for i := 0; i < len(dst); {
-		if len(b) == 0 {
-			r.fail("a vector ends too soon")
-			return
-		}
-		n, used := uint64(b[0]), 1
-		switch {
-		case n < 0x80:
-		case len(b) > 1 && b[1] < 0x80: // most others
-			n, used = n&0x7f|uint64(b[1])<<7, 2
-		default:
-			if n, used = binary.Uvarint(b); used <= 0 || n > most {
-				r.fail("a count cannot be read")
-				return
-			}
-		}
-		b = b[used:]
-		if n != 0 {
-			dst[i] += n
-			i++
-			continue
-		}
-		run, used := binary.Uvarint(b)
-		if used <= 0 || run == 0 || run > uint64(len(dst)-i) {
-			r.fail("a run of zeros cannot be read")
-			return
-		}
-		b = b[used:]
-		i += int(run)
-	}
-	r.b = b
-}
-
 func (r *reader) key() Key {
 	k := Key{Epoch: r.uint(1<<63, "an epoch")}
 	k.Ring, k.Metric = r.text("a ring"), r.text("a metric")
@@ -195,7 +150,7 @@ func (r *reader) keyAt(i int, known *[]keyed) Key {
 	if known == nil {
 		return r.key()
 	}
-	from := *r
+	from := r.b
 	r.uint(1<<63, "an epoch")
 	r.skipText("a ring")
 	r.skipText("a metric")
@@ -203,11 +158,12 @@ func (r *reader) keyAt(i int, known *[]keyed) Key {
 	if r.err != nil {
 		return Key{}
 	}
-	raw := from.b[:len(from.b)-len(r.b)]
+	raw := from[:len(from)-len(r.b)]
 	if i < len(*known) && string((*known)[i].raw) == string(raw) {
 		return (*known)[i].key
 	}
-	k := from.key()
+	r.b = from
+	k := r.key()
 	if i == len(*known) {
 		*known = append(*known, keyed{slices.Clone(raw), k})
 	}
@@ -215,22 +171,22 @@ func (r *reader) keyAt(i int, known *[]keyed) Key {
 }
 
 // document finds what a document holds between its format and its checksum.
-func document(b []byte) (*reader, error) {
+func document(b []byte) (reader, error) {
 	switch {
 	case len(b) > MaxBytes:
-		return nil, fmt.Errorf("it has %d bytes; %d is the most", len(b), MaxBytes)
+		return reader{}, fmt.Errorf("it has %d bytes; %d is the most", len(b), MaxBytes)
 	case len(b) < len(magic)+1+4 || string(b[:len(magic)]) != magic:
-		return nil, errors.New("it is no evidence")
+		return reader{}, errors.New("it is no evidence")
 	case b[len(magic)] > format:
-		return nil, fmt.Errorf("it has format %d, this library reads up to %d: %w", b[len(magic)], format, ErrNewer)
-	case b[len(magic)] == 0:
-		return nil, errors.New("it has format 0")
+		return reader{}, fmt.Errorf("it has format %d, this library reads up to %d: %w", b[len(magic)], format, ErrNewer)
+	case b[len(magic)] < format:
+		return reader{}, fmt.Errorf("it has format %d, which was never released", b[len(magic)])
 	}
 	body := b[:len(b)-4]
 	if crc32.ChecksumIEEE(body) != binary.BigEndian.Uint32(b[len(body):]) {
-		return nil, errors.New("its checksum is wrong")
+		return reader{}, errors.New("its checksum is wrong")
 	}
-	return &reader{b: body[len(magic)+1:]}, nil
+	return reader{b: body[len(magic)+1:]}, nil
 }
 
 func (r *reader) about() About {
@@ -239,10 +195,10 @@ func (r *reader) about() About {
 	a.Sealed = r.byte()&1 != 0
 	for range r.uint(maxOpen, "how many rings have open work") {
 		o := Open{Ring: r.text("a ring"), Gen: r.uint(1<<63, "a generation")}
-		for _, by := range []*[]uint64{&o.Candidate, &o.Control} {
+		for cohort, by := range []*[]uint64{&o.Control, &o.Candidate} {
 			if n := r.uint(256, "a number of groups"); n > 0 {
 				*by = make([]uint64, n)
-				r.vector(*by, maxCount)
+				r.vector(cohort, *by, maxCount)
 			}
 		}
 		if r.err == nil && !o.Valid() {
@@ -274,14 +230,20 @@ func (r *reader) series(known *[]keyed, each func(Key, uint64) Counts) {
 		}
 		last = k
 		into := each(k, events)
-		r.vector(into[0], maxCount)
-		r.vector(into[1], maxCount)
+		r.counts(into, maxCount)
 		if r.err != nil {
 			return
 		}
 	}
 	if r.err == nil && len(r.b) > 0 {
 		r.fail("something follows the last series")
+	}
+}
+
+// counts adds counts to c.
+func (r *reader) counts(c Counts, most uint64) {
+	for cohort := range c {
+		r.vector(cohort, c[cohort], most)
 	}
 }
 
@@ -332,6 +294,12 @@ func (s *Sum) AddEncoded(b []byte) error {
 func zigzag(x uint64) uint64   { return x<<1 ^ uint64(int64(x)>>63) }
 func unzigzag(x uint64) uint64 { return x>>1 ^ -(x & 1) }
 
+// below reports whether some count is below zero in two's complement.
+func (c Counts) below() bool {
+	negative := func(x uint64) bool { return int64(x) < 0 }
+	return slices.ContainsFunc(c[0], negative) || slices.ContainsFunc(c[1], negative)
+}
+
 func mapped(xs []uint64, f func(uint64) uint64) []uint64 {
 	out := make([]uint64, len(xs))
 	for i, x := range xs {
@@ -347,17 +315,22 @@ func (l Ledger) MarshalJSON() ([]byte, error) {
 		keys = append(keys, k)
 	}
 	slices.SortFunc(keys, Key.Compare)
-	b := []byte{format}
-	b = binary.AppendUvarint(b, uint64(len(keys)))
+	p := packer{b: []byte{format}}
+	p.b = binary.AppendUvarint(p.b, uint64(len(keys)))
 	for _, k := range keys {
 		t := l[k]
-		b = appendKey(b, k)
+		p.b = appendKey(p.b, k)
 		for _, n := range []uint64{t.Seen, t.Ahead, uint64(t.Closed)} {
-			b = binary.AppendUvarint(b, zigzag(n))
+			p.b = binary.AppendUvarint(p.b, zigzag(n))
 		}
-		b = appendVector(appendVector(b, mapped(t.Counts[0], zigzag)), mapped(t.Counts[1], zigzag))
+		c, below := t.Counts, byte(0)
+		if c.below() {
+			c, below = Counts{mapped(c[0], zigzag), mapped(c[1], zigzag)}, 1
+		}
+		p.b = append(p.b, below)
+		p.counts(c)
 	}
-	return json.Marshal(base64.RawStdEncoding.EncodeToString(b))
+	return json.Marshal(base64.RawStdEncoding.EncodeToString(p.b))
 }
 
 // UnmarshalJSON reads what MarshalJSON wrote.
@@ -384,9 +357,10 @@ func (l *Ledger) UnmarshalJSON(b []byte) error {
 		if cells += k.Cells; cells > maxAll {
 			r.fail("the ledger has too many cells")
 		}
-		for c := range t.Counts {
-			r.vector(t.Counts[c], 1<<64-1)
-			t.Counts[c] = mapped(t.Counts[c], unzigzag)
+		below := r.byte()&1 != 0
+		r.counts(t.Counts, 1<<64-1)
+		if below {
+			t.Counts = Counts{mapped(t.Counts[0], unzigzag), mapped(t.Counts[1], unzigzag)}
 		}
 		if r.err != nil {
 			break

@@ -1,0 +1,263 @@
+package tally
+
+import (
+	"encoding/binary"
+	"math/bits"
+	"slices"
+)
+
+// A vector is written in frames of 128 cells, of which the first is shorter where they are not a multiple. A frame is a
+// byte that says how, and columns. The cells of a metric that is counted by 64 groups of units are one frame: for each
+// group those that are good and those that are bad. Metrics that are recorded together have the same totals.
+//
+// A column is written in parts of 32 numbers: a byte with their width in bits, with its highest bit set before the least of
+// them, which is then taken from each; and their bits, the lowest first. It is a frame of reference: see Goldstein,
+// Ramakrishnan and Shaft, Compressing relations and indexes, ICDE 1998.
+const (
+	frameCells = 128
+	framePairs = frameCells / 2
+	partCells  = 32
+
+	frameZero  = 0 // nothing follows
+	framePlain = 1 // the cells
+	framePair  = 2 // the second of each two cells, and the sums of the two
+	frameLike  = 3 // the second of each two cells, and the sums of the two less those of the same cohort's vector before
+)
+
+// likes are the sums of two cells in the last frame of the vector before, of each cohort.
+type likes [2][framePairs]uint64
+
+// packer appends vectors.
+type packer struct {
+	b     []byte
+	likes likes
+}
+
+// partWidth is how many bits each number of a part has, and what is taken from each.
+func partWidth(xs []uint64) (width int, least uint64) {
+	least, most := xs[0], xs[0]
+	for _, x := range xs[1:] {
+		least, most = min(least, x), max(most, x)
+	}
+	if width = bits.Len64(most - least); width == bits.Len64(most) {
+		least = 0
+	}
+	return width, least
+}
+
+func columnSize(xs []uint64) int {
+	size := 0
+	for len(xs) > 0 {
+		part := xs[:min(partCells, len(xs))]
+		width, least := partWidth(part)
+		if size += 1 + (width*len(part)+7)/8; least > 0 {
+			size += (bits.Len64(least) + 6) / 7
+		}
+		xs = xs[len(part):]
+	}
+	return size
+}
+
+func (p *packer) column(xs []uint64) {
+	for len(xs) > 0 {
+		part := xs[:min(partCells, len(xs))]
+		width, least := partWidth(part)
+		if least > 0 {
+			p.b = binary.AppendUvarint(append(p.b, byte(width)|0x80), least)
+		} else {
+			p.b = append(p.b, byte(width))
+		}
+		var out [partCells * 8]byte
+		for i, x := range part {
+			for x, at := x-least, i*width; x > 0; {
+				out[at>>3] |= byte(x << (at & 7))
+				took := 8 - at&7
+				x >>= took
+				at += took
+			}
+		}
+		p.b = append(p.b, out[:(width*len(part)+7)/8]...)
+		xs = xs[len(part):]
+	}
+}
+
+// vector appends a cohort's vector.
+func (p *packer) vector(cohort int, xs []uint64) {
+	for len(xs) > 0 {
+		n := (len(xs)-1)%frameCells + 1
+		p.frame(xs[:n], &p.likes[cohort], len(xs) == frameCells)
+		xs = xs[n:]
+	}
+}
+
+// frame appends a frame in the shortest way. last: it is a whole one, and the last of its vector.
+func (p *packer) frame(xs []uint64, like *[framePairs]uint64, last bool) {
+	if !slices.ContainsFunc(xs, func(x uint64) bool { return x > 0 }) {
+		p.b = append(p.b, frameZero)
+		return
+	}
+	var seconds, sums, rests [framePairs]uint64
+	n := len(xs) / 2
+	paired := len(xs)%2 == 0
+	for i := range n {
+		a, b := xs[2*i], xs[2*i+1]
+		seconds[i], sums[i] = b, a+b
+		paired = paired && a+b >= b // or else there are more than a number holds
+		rests[i] = zigzag(sums[i] - like[i])
+	}
+	second := columnSize(seconds[:n])
+	sum, rest := columnSize(sums[:n]), columnSize(rests[:n])
+	switch {
+	case !paired || columnSize(xs) < second+min(sum, rest):
+		p.b = append(p.b, framePlain)
+		p.column(xs)
+		return
+	case sum <= rest:
+		p.b = append(p.b, framePair)
+		p.column(seconds[:n])
+		p.column(sums[:n])
+	default:
+		p.b = append(p.b, frameLike)
+		p.column(seconds[:n])
+		p.column(rests[:n])
+	}
+	if last {
+		*like = sums
+	}
+}
+
+// column adds a column, of which no number is above most, to sums.
+func (r *reader) column(sums []uint64, most uint64) {
+	b := r.b
+	for len(sums) > 0 {
+		part := sums[:min(partCells, len(sums))]
+		sums = sums[len(part):]
+		if len(b) == 0 {
+			r.fail("counts end too soon")
+			return
+		}
+		width, least := int(b[0]&0x7f), uint64(0)
+		if b[0] < 0x80 {
+			b = b[1:]
+		} else {
+			n, used := binary.Uvarint(b[1:])
+			if used <= 0 || n > most {
+				r.fail("the least count of some cannot be read")
+				return
+			}
+			least, b = n, b[1+used:]
+		}
+		size := (width*len(part) + 7) / 8
+		if width > 64 || size > len(b) {
+			r.fail("counts end too soon")
+			return
+		}
+		from := b
+		b = b[size:]
+		if len(b) < 16 { // what is read below goes beyond the end
+			var all [partCells*8 + 16]byte
+			copy(all[:], from[:size])
+			from = all[:]
+		}
+		mask := uint64(1)<<width - 1
+		if least+mask < mask || least+mask > most {
+			for i, x := range part {
+				n := cell(from, i, width) + least
+				if n < least || n > most {
+					r.fail("a count is too large")
+					return
+				}
+				part[i] = x + n
+			}
+			continue
+		}
+		w := uint(width)
+		switch {
+		case len(part) == partCells && width <= 8: // eight at once
+			for i := 0; i < partCells; i += 8 {
+				x, to := binary.LittleEndian.Uint64(from[i/8*width:]), (*[8]uint64)(part[i:])
+				to[0] += x&mask + least
+				to[1] += x>>(w&63)&mask + least
+				to[2] += x>>(2*w&63)&mask + least
+				to[3] += x>>(3*w&63)&mask + least
+				to[4] += x>>(4*w&63)&mask + least
+				to[5] += x>>(5*w&63)&mask + least
+				to[6] += x>>(6*w&63)&mask + least
+				to[7] += x>>(7*w&63)&mask + least
+			}
+		case len(part) == partCells && width <= 14: // four
+			for i := 0; i < partCells; i += 4 {
+				x, to := binary.LittleEndian.Uint64(from[i*width>>3:])>>(i*width&7), (*[4]uint64)(part[i:])
+				to[0] += x&mask + least
+				to[1] += x>>(w&63)&mask + least
+				to[2] += x>>(2*w&63)&mask + least
+				to[3] += x>>(3*w&63)&mask + least
+			}
+		default:
+			for i := range part {
+				part[i] += cell(from, i, width) + least
+			}
+		}
+	}
+	r.b = b
+}
+
+// cell is the i-th of the numbers that begin at b. Up to 16 bytes behind them are read.
+func cell(b []byte, i, width int) uint64 {
+	at := i * width
+	x := binary.LittleEndian.Uint64(b[at>>3:])
+	x >>= at & 7
+	if width > 57 {
+		x |= uint64(b[at>>3+8]) << (64 - at&7)
+	}
+	return x & (1<<width - 1)
+}
+
+// vector adds a cohort's vector to dst.
+func (r *reader) vector(cohort int, dst []uint64, most uint64) {
+	for len(dst) > 0 && r.err == nil {
+		n := (len(dst)-1)%frameCells + 1
+		r.frame(dst[:n], &r.likes[cohort], len(dst) == frameCells, most)
+		dst = dst[n:]
+	}
+}
+
+func (r *reader) frame(dst []uint64, like *[framePairs]uint64, last bool, most uint64) {
+	how := r.byte()
+	if how == frameZero {
+		return
+	}
+	if how == framePlain {
+		r.column(dst, most)
+		return
+	}
+	if how > frameLike || len(dst)%2 != 0 {
+		r.fail("counts are in a way that is not known")
+		return
+	}
+	n := len(dst) / 2
+	r.cells = [frameCells]uint64{}
+	seconds, sums := r.cells[:n], r.cells[framePairs:][:n]
+	r.column(seconds, most)
+	r.column(sums, 1<<64-1)
+	if how == frameLike {
+		for i, x := range sums {
+			sums[i] = unzigzag(x) + like[i]
+		}
+	}
+	if r.err != nil {
+		return
+	}
+	for i := range seconds {
+		first := sums[i] - seconds[i]
+		if sums[i] < seconds[i] || first > most {
+			r.fail("a count is too large")
+			return
+		}
+		dst[2*i] += first
+		dst[2*i+1] += seconds[i]
+	}
+	if last {
+		*like = [framePairs]uint64(r.cells[framePairs:])
+	}
+}
