@@ -14,7 +14,8 @@ type Bank struct {
 	Blocks uint64    // consumed
 	LogE   []float64 // natural logarithm of the wealth, by row
 	// Pi are the parts of each row's wealth, as a Prior, row after row. They are
-	// rounded, and read as parts of their sum, so that rounding gains nothing.
+	// rounded to 16 bits of precision, and read as parts of their sum, so that
+	// rounding gains nothing.
 	Pi []float32
 }
 
@@ -29,7 +30,7 @@ func (b *Bank) Update(prior Prior, logs []Logs) {
 	if len(b.LogE) != rows || len(b.Pi) != rows*cols {
 		*b = Bank{LogE: make([]float64, rows), Pi: make([]float32, rows*cols)}
 		for i := range b.Pi {
-			b.Pi[i] = float32(prior[i%cols])
+			b.Pi[i] = rounded(prior[i%cols])
 		}
 	}
 	eps := 1 / (720 + float64(b.Blocks))
@@ -37,6 +38,11 @@ func (b *Bank) Update(prior Prior, logs []Logs) {
 	for r := range logs {
 		b.row(r, prior, &logs[r], eps)
 	}
+}
+
+// rounded is a part of a wealth with 16 bits of precision: three bytes, as text.
+func rounded(x float64) float32 {
+	return math.Float32frombits((math.Float32bits(float32(x)) + 0x80) &^ 0xff)
 }
 
 func (b *Bank) row(r int, prior Prior, logs *Logs, eps float64) {
@@ -64,13 +70,13 @@ func (b *Bank) row(r int, prior Prior, logs *Logs, eps float64) {
 	}
 	if !(sum > 0) { // no wealth anywhere: only a damaged state
 		for k := range pi {
-			pi[k] = float32(prior[k])
+			pi[k] = rounded(prior[k])
 		}
 		return
 	}
 	b.LogE[r] = clamp(b.LogE[r] + top + math.Log(sum/had))
 	for k, w := range prior {
-		pi[k] = float32((1-eps)*(f[k]/sum) + eps*w)
+		pi[k] = rounded((1-eps)*(f[k]/sum) + eps*w)
 	}
 }
 
@@ -105,7 +111,7 @@ func Merge(banks []Bank) Bank {
 			for i, b := range like {
 				part += math.Exp(logs[i]-all) * float64(b.Pi[r*cols+c])
 			}
-			m.Pi[r*cols+c] = float32(part)
+			m.Pi[r*cols+c] = rounded(part)
 		}
 	}
 	return m
@@ -141,7 +147,7 @@ func (b Bank) MarshalText() ([]byte, error) {
 			raw = append(raw, byte(math.Float64bits(x)>>shift))
 		}
 	}
-	for shift := 24; shift >= 0; shift -= 8 {
+	for shift := 24; shift > 0; shift -= 8 {
 		for _, x := range b.Pi {
 			raw = append(raw, byte(math.Float32bits(x)>>shift))
 		}
@@ -171,10 +177,10 @@ func (b *Bank) UnmarshalText(text []byte) error {
 	}
 	raw = raw[n:]
 	parts := raw[8*rows:]
-	if cols := uint64(len(parts)) / (4 * rows); cols > MaxBets+1 || uint64(len(parts)) != 4*rows*cols {
+	if cols := uint64(len(parts)) / (3 * rows); cols > MaxBets+1 || uint64(len(parts)) != 3*rows*cols {
 		return errBank
 	}
-	got := Bank{Blocks: blocks, LogE: make([]float64, rows), Pi: make([]float32, len(parts)/4)}
+	got := Bank{Blocks: blocks, LogE: make([]float64, rows), Pi: make([]float32, len(parts)/3)}
 	for i := range got.LogE {
 		var bits uint64
 		for b := range 8 {
@@ -188,10 +194,10 @@ func (b *Bank) UnmarshalText(text []byte) error {
 	}
 	for i := range got.Pi {
 		var bits uint32
-		for b := range 4 {
+		for b := range 3 {
 			bits = bits<<8 | uint32(parts[b*len(got.Pi)+i])
 		}
-		x := math.Float32frombits(bits)
+		x := math.Float32frombits(bits << 8)
 		if !(x >= 0 && x <= 2) {
 			return errBank
 		}

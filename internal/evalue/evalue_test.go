@@ -263,7 +263,7 @@ func TestBankIsItsDefinition(t *testing.T) {
 				wealth[k] += (prior[k]*sum - wealth[k]) / float64(720+b)
 			}
 			p.Update(prior, []Logs{l})
-			if math.Abs(p.Log(0)-math.Log(sum)) > 1e-5 { // parts are rounded
+			if math.Abs(p.Log(0)-math.Log(sum)) > float64(b+1)/(1<<16) { // parts are rounded to 16 bits
 				t.Fatalf("after %d blocks log E is %g, not %g", b+1, p.Log(0), math.Log(sum))
 			}
 		}
@@ -299,7 +299,7 @@ func TestBankIsStable(t *testing.T) {
 					t.Fatalf("part %d is %g, after a restart %g", k, v, b.Pi[k])
 				}
 			}
-			if math.Abs(sum-1) > 1e-5 {
+			if math.Abs(sum-1) > 1./(1<<16) {
 				t.Fatalf("the parts sum to %g", sum)
 			}
 			if x := a.Log(0); x != b.Log(0) || a.Blocks != b.Blocks || math.IsNaN(x) || math.IsInf(x, 0) {
@@ -313,13 +313,13 @@ func TestBankHealsDamage(t *testing.T) {
 	for _, b := range []Bank{{LogE: []float64{1}}, {LogE: []float64{1}, Pi: []float32{1}}, {LogE: []float64{1}, Pi: make([]float32, 30)}, {LogE: []float64{1, 2}, Pi: make([]float32, 18)}} {
 		b.Update(RatioWorse(1).Prior, make([]Logs, 1))
 		b.Update(RatioWorse(1).Prior, make([]Logs, 1))
-		if math.Abs(b.Log(0)) > 1e-6 || len(b.Pi) != 9 || math.Abs(float64(b.Pi[0])-.2) > 1e-6 {
+		if math.Abs(b.Log(0)) > 1e-6 || len(b.Pi) != 9 || math.Abs(float64(b.Pi[0])-.2) > 1e-5 {
 			t.Errorf("%+v", b)
 		}
 	}
 	zero := Bank{LogE: []float64{1}, Pi: make([]float32, 9)} // no wealth anywhere
 	zero.Update(RatioWorse(1).Prior, make([]Logs, 1))
-	if zero.Log(0) != 1 || math.Abs(float64(zero.Pi[0])-.2) > 1e-6 {
+	if zero.Log(0) != 1 || math.Abs(float64(zero.Pi[0])-.2) > 1e-5 {
 		t.Errorf("%+v", zero)
 	}
 }
