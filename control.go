@@ -212,7 +212,7 @@ const keepRetired = 1000
 // How many tries there are to read what is missing, and how many documents are cleared away in one evaluation.
 const (
 	missingTries = 6
-	clearings    = 8
+	clearings    = 32
 )
 
 // gather lists what everybody has published, and takes what is new of it. The state was loaded before: what it has

@@ -118,7 +118,7 @@ var costRates = []Rate{NewRate("stale"), NewRate("retried"), NewRate("empty")}
 // costPolicy has three rings, all of them under way in its first stage, and so many metrics: Errors, Latency and rates.
 func costPolicy(metrics int) Policy {
 	p := Policy{
-		Version: "1", Rings: []Ring{{Name: "staff"}, {Name: "eu"}}, Stages: []Stage{{Percent: 50}, {Percent: 100}},
+		Version: "1", Rings: []Ring{{Name: "staff"}, {Name: "eu"}}, Stages: []Stage{{Percent: 50}, {Percent: 60}, {Percent: 70}, {Percent: 80}, {Percent: 90}, {Percent: 100}},
 		Bake: 12 * time.Hour, Holdback: 10,
 		Gates: []Gate{Errors.Within(1), Latency.Quantile(.99).WithinFactor(1.2)},
 	}
@@ -333,6 +333,24 @@ func TestFleetWrites(t *testing.T) {
 		t.Logf("two epochs: the greatest of %d bytes", m.greatest["ev"])
 		if m.greatest["ev"] > 8<<10 {
 			t.Errorf("%d bytes of evidence of two epochs", m.greatest["ev"])
+		}
+
+		// However much traffic there is, also when shares change again.
+		seals := 0
+		for i := range 3 {
+			must(t, f.all[0].Advance(t.Context(), f.all[0].Status().Stage.Name, "on"))
+			f.serve(8, 40_000, 4)
+			m = f.store.reset()
+			for _, r := range f.all {
+				seals = max(seals, len(r.seals))
+			}
+			t.Logf("heavy traffic, shares %d: the greatest of %d bytes, of the state %d; %d documents of %d bytes; sealed up to %d times", i, m.greatest["ev"], m.greatest["state"], m.wrote["ev"].n, m.wrote["ev"].bytes, seals)
+			if m.greatest["ev"] > 8<<10 || m.wrote["ev"].bytes > n*8*8<<10 {
+				t.Errorf("%d bytes of evidence at most, %d in all", m.greatest["ev"], m.wrote["ev"].bytes)
+			}
+		}
+		if seals == 0 || seals == mostSeals {
+			t.Errorf("documents were sealed up to %d times", seals)
 		}
 
 		time.Sleep(time.Minute) // the last blocks close

@@ -110,6 +110,9 @@ func (r *Rollout) publish(ctx context.Context, alarm, last bool) error {
 	} else if d.Same(p.acked) && (len(d.Open) == 0 || r.now().Sub(p.sent) < heartbeat(r.o.Interval)) {
 		return nil
 	}
+	if !alarm && !last && r.full(st, d) {
+		return r.seal(ctx, st)
+	}
 	if p.acked == nil { // whatever was forgotten before has nothing of it
 		p.birth = max(p.birth, st.Round)
 		d.Birth = p.birth
@@ -144,7 +147,9 @@ func (r *Rollout) send(ctx context.Context) error {
 	value := p.pending.Encode()
 	rev, swapped, err := r.put(ctx, p.key(r), p.rev, value)
 	if err == nil && swapped {
-		p.landed(rev, r.now())
+		if p.landed(rev, r.now()); p.acked.Sealed {
+			r.another(r.following(), p.acked)
+		}
 		return nil
 	}
 	return r.resolve(ctx)

@@ -66,23 +66,24 @@ type Options struct {
 // Rollout is one change on its way out to everybody. All of its methods may be called from any goroutine and from any
 // callback. Without [Rollout.Run] it answers, but nothing is judged and nothing moves.
 type Rollout struct {
-	name    string
-	policy  Policy // with its defaults
-	plan    *machine.Plan
-	gates   []Gate
-	metrics []metricView
-	o       Options
-	replica string
-	store   Store // nil: none, its state is kept as it is
-	shared  bool
-	now     func() time.Time      // the control path's clock; a rehearsal has one of its own
-	virtual bool                  // a rehearsal: time stands still while a callback runs
-	quiet   time.Duration         // the least time that a runner of steps may give no sign of life
-	silent  uint64                // rounds after which an incarnation that is not heard of is dead in any case
-	barrier time.Duration         // how long a rollback waits for other processes to confirm it, beside the grace
-	coin    func(n int) bool      // two chances in n
-	judged  func([]machine.Block) // is told of blocks once it is stored that they were judged
-	dither  func() uint32         // even chances for scores; nil: of the process
+	name      string
+	policy    Policy // with its defaults
+	plan      *machine.Plan
+	gates     []Gate
+	metrics   []metricView
+	o         Options
+	replica   string
+	store     Store // nil: none, its state is kept as it is
+	shared    bool
+	now       func() time.Time      // the control path's clock; a rehearsal has one of its own
+	virtual   bool                  // a rehearsal: time stands still while a callback runs
+	quiet     time.Duration         // the least time that a runner of steps may give no sign of life
+	silent    uint64                // rounds after which an incarnation that is not heard of is dead in any case
+	fullBytes int                   // how long a document may become
+	barrier   time.Duration         // how long a rollback waits for other processes to confirm it, beside the grace
+	coin      func(n int) bool      // two chances in n
+	judged    func([]machine.Block) // is told of blocks once it is stored that they were judged
+	dither    func() uint32         // even chances for scores; nil: of the process
 
 	effects  Store     // of the journal: store, or one of its own
 	journal  effectLog // what this process has put there
@@ -142,7 +143,8 @@ type Rollout struct {
 	// Of the goroutine of Run alone.
 	clock         clock
 	pub           publisher
-	missing       int // how often evidence could not be read
+	seals         []time.Time // when this process sealed documents of its own lately
+	missing       int         // how often evidence could not be read
 	sourced       sourcedClock
 	slotClock     slotClock
 	unknownLogged bool
@@ -179,7 +181,7 @@ func New(name string, p Policy, o *Options) (*Rollout, error) {
 	r := &Rollout{
 		name: name, policy: p.withDefaults(name), o: opts,
 		store: opts.Store, shared: opts.Store != nil, now: time.Now,
-		quiet: 15 * time.Second, silent: silentFor, judged: func([]machine.Block) {}, coin: func(n int) bool { return mathrand.IntN(n) < 2 },
+		quiet: 15 * time.Second, silent: silentFor, fullBytes: fullBytes, judged: func([]machine.Block) {}, coin: func(n int) bool { return mathrand.IntN(n) < 2 },
 		wake: make(chan struct{}, 1), hint: make(chan struct{}, 1), turned: make(chan struct{}, 1), queued: make(chan struct{}, 1),
 		checks: map[string]judge.CheckResult{}, latch: map[uint64]bool{}, revoked: map[uint64]bool{}, leashes: map[leashKey]*leash{},
 	}
