@@ -669,6 +669,8 @@ func TestFleetTable(t *testing.T) {
 			f := newRunning(t, full, 4)
 			defer f.stop()
 			f.serve(4, 2000, 4)
+			must(t, f.all[0].Advance(t.Context(), f.all[0].Status().Stage.Name, "on"))
+			f.serve(2, 2000, 4) // a document has two epochs, as from the second share on
 			for i := range n - full {
 				f.mirrors = append(f.mirrors, mirror{inc: fmt.Sprintf("mirror-%04d-%s", i, randomText())})
 			}

@@ -81,7 +81,7 @@ type reader struct {
 	err error
 
 	likes likes
-	cells [frameCells]uint64 // of a frame, while it is read
+	pairs pairs // of a frame, while it is read
 }
 
 func (r *reader) fail(format string, args ...any) {

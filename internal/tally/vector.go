@@ -235,29 +235,48 @@ func (r *reader) frame(dst []uint64, like *[framePairs]uint64, last bool, most u
 		r.fail("counts are in a way that is not known")
 		return
 	}
+	r.pairs = pairs{}
 	n := len(dst) / 2
-	r.cells = [frameCells]uint64{}
-	seconds, sums := r.cells[:n], r.cells[framePairs:][:n]
-	r.column(seconds, most)
-	r.column(sums, 1<<64-1)
-	if how == frameLike {
-		for i, x := range sums {
-			sums[i] = unzigzag(x) + like[i]
-		}
-	}
+	r.column(r.pairs.seconds[:n], most)
+	r.column(r.pairs.sums[:n], 1<<64-1)
 	if r.err != nil {
 		return
 	}
-	for i := range seconds {
-		first := sums[i] - seconds[i]
-		if sums[i] < seconds[i] || first > most {
-			r.fail("a count is too large")
-			return
+	if how == frameLike {
+		for i, x := range &r.pairs.sums {
+			r.pairs.sums[i] = unzigzag(x) + like[i]
 		}
-		dst[2*i] += first
-		dst[2*i+1] += seconds[i]
+	}
+	var wrong uint64
+	if n == framePairs { // nearly always, and without looking at bounds
+		wrong = r.pairs.addTo((*[frameCells]uint64)(dst), most)
+	} else {
+		var all [frameCells]uint64
+		wrong = r.pairs.addTo(&all, most)
+		for i := range dst {
+			dst[i] += all[i]
+		}
+	}
+	if wrong != 0 {
+		r.fail("a count is too large")
+		return
 	}
 	if last {
-		*like = [framePairs]uint64(r.cells[framePairs:])
+		*like = r.pairs.sums
 	}
+}
+
+// pairs are the cells of a frame, as the second of each two and the sums of the two.
+type pairs struct{ seconds, sums [framePairs]uint64 }
+
+// addTo adds the cells to dst. It returns 0 if none of the first of each two is below zero, or above most.
+func (p *pairs) addTo(dst *[frameCells]uint64, most uint64) (wrong uint64) {
+	for i, second := range &p.seconds {
+		first, below := bits.Sub64(p.sums[i], second, 0)
+		_, above := bits.Sub64(most, first, 0)
+		wrong |= below | above
+		dst[2*i] += first
+		dst[2*i+1] += second
+	}
+	return wrong
 }
