@@ -131,13 +131,8 @@ func (r *Rollout) Subscribe(f func(Event)) (stop func()) {
 	}
 }
 
-// emit logs an event and queues it for the subscribers.
-func (r *Rollout) emit(st *machine.State, e Event) {
-	if st != nil {
-		r.logEvent(e)
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+// queueLocked queues an event for the subscribers.
+func (r *Rollout) queueLocked(e Event) {
 	if len(r.subscribers) == 0 {
 		return
 	}

@@ -235,14 +235,18 @@ func (r *Rollout) noteStore(err error) {
 	r.mu.Lock()
 	was := r.storeErr
 	r.storeErr = err
+	switch {
+	case err != nil && was == nil:
+		r.queueLocked(Event{Time: r.now(), Kind: StoreFailed, Name: r.name, Err: err})
+	case err == nil && was != nil:
+		r.queueLocked(Event{Time: r.now(), Kind: StoreBack, Name: r.name})
+	}
 	r.mu.Unlock()
 	switch {
 	case err != nil && was == nil:
 		r.logger().Error("rollout: the Store cannot be used; the present shares stay and nothing advances", "rollout", r.name, "err", err)
-		r.emit(nil, Event{Time: r.now(), Kind: StoreFailed, Name: r.name, Err: err})
 	case err == nil && was != nil:
 		r.logger().Info("rollout: the Store is back", "rollout", r.name)
-		r.emit(nil, Event{Time: r.now(), Kind: StoreBack, Name: r.name})
 	}
 }
 
@@ -321,12 +325,20 @@ func (r *Rollout) follow(st *machine.State, standing machine.Standing, events []
 
 // followAt is follow of a state that was written, or read, at a time.
 func (r *Rollout) followAt(st *machine.State, standing machine.Standing, events []machine.Event, at time.Time) {
+	var own []Event
 	r.mu.Lock()
 	told := toldSince(r.known, st)
-	if own := len(told) - len(events); own >= 0 {
-		told = told[:own] // what this process has done itself it tells with all there is
+	if others := len(told) - len(events); others >= 0 {
+		told = told[:others] // what this process has done itself it tells with all there is
 	} else {
 		told = nil
+	}
+	r.retellLocked(st, told)
+	heard := r.known != nil && !older(r.known, st) // it was read, and told, before whoever wrote it came to that
+	for _, e := range events {
+		if own = append(own, r.event(st, e)); !heard {
+			r.queueLocked(own[len(own)-1])
+		}
 	}
 	if r.known == nil || !wentBack(st, r.known) {
 		if r.round != st.Round || r.known == nil || r.known.Gen != st.Gen {
@@ -335,9 +347,8 @@ func (r *Rollout) followAt(st *machine.State, standing machine.Standing, events 
 		r.followLocked(st, standing, at)
 	}
 	r.mu.Unlock()
-	r.retell(st, told)
-	for _, e := range events {
-		r.emit(st, r.event(st, e))
+	for _, e := range own {
+		r.logEvent(e)
 	}
 }
 
@@ -353,10 +364,10 @@ func toldSince(known, st *machine.State) []machine.Told {
 	return st.Recent[i:]
 }
 
-// retell hands events of other processes to this one's subscribers. Whose they are has logged them.
-func (r *Rollout) retell(st *machine.State, told []machine.Told) {
+// retellLocked hands events of other processes to this one's subscribers. Whose they are has logged them.
+func (r *Rollout) retellLocked(st *machine.State, told []machine.Told) {
 	for _, t := range told {
-		r.emit(nil, r.event(st, t.Event(st.Incident)))
+		r.queueLocked(r.event(st, t.Event(st.Incident)))
 	}
 }
 
@@ -379,9 +390,9 @@ func (r *Rollout) followHead(st *machine.State) {
 	if st.Version == r.plan.Version && (st.Policy != r.plan.Policy || st.Assignment != r.plan.Assignment) && r.ruled {
 		standing = machine.Yields(st, r.plan)
 	}
+	r.retellLocked(st, told)
 	r.followLocked(st, standing, r.now())
 	r.mu.Unlock()
-	r.retell(st, told)
 }
 
 func (r *Rollout) followLocked(st *machine.State, standing machine.Standing, at time.Time) {
