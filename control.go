@@ -153,8 +153,8 @@ func (r *Rollout) evaluate(ctx context.Context, c *clock, last, drawn bool) erro
 			if l.stored != nil && l.stored.Live != live {
 				news++
 			}
-			for _, task := range tasks { // whatever of it fails is found again
-				if task(ctx) != nil {
+			for _, task := range tasks { // whatever is left of it is found again
+				if task(ctx) != nil || r.now().Sub(at) > r.o.Interval/8 {
 					break
 				}
 			}
@@ -209,7 +209,7 @@ const silentFor = 240
 // keepRetired is how many rounds it is remembered that an incarnation is retired.
 const keepRetired = 1000
 
-// How many tries there are to read what is missing, and how many documents are cleared away in one evaluation.
+// How many tries there are to read what is missing, and how many documents are folded, and cleared away, in one evaluation.
 const (
 	missingTries = 6
 	clearings    = 32
@@ -258,6 +258,9 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 			continue
 		}
 		if d.about.Sealed {
+			if len(in.Dead) == clearings {
+				continue // the others are read until they are folded
+			}
 			if doc, err := d.decode(); err == nil {
 				in.Dead = append(in.Dead, r.ours(st, doc))
 			}

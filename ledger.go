@@ -1,6 +1,8 @@
 package rollout
 
 import (
+	"slices"
+
 	"github.com/stagedrollout/rollout/internal/evidence"
 	"github.com/stagedrollout/rollout/internal/judge"
 	"github.com/stagedrollout/rollout/internal/machine"
@@ -103,14 +105,16 @@ func (r *Rollout) count(st *machine.State) *tally.Doc {
 // breaches is before, which was counted earlier, with what must never happen as it is now: what outcomes are must not
 // choose the moment of a cut.
 func (r *Rollout) breaches(st *machine.State, before *tally.Doc) *tally.Doc {
-	d := &tally.Doc{}
+	d, ledgers := &tally.Doc{}, r.ledgersOf(st)
 	for _, s := range before.Series {
 		if s.Epoch >= st.Oldest {
-			s.Events = 0 // counted below
+			if slices.ContainsFunc(ledgers, func(l *ledger) bool { return l.snap.epoch == s.Epoch }) {
+				s.Events = 0 // counted below
+			}
 			d.Series = append(d.Series, s)
 		}
 	}
-	for _, l := range r.ledgersOf(st) {
+	for _, l := range ledgers {
 		for i := range l.rings {
 			ring := &l.snap.rings[i]
 			for j := range l.rings[i].metrics {

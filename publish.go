@@ -3,6 +3,7 @@ package rollout
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -26,6 +27,7 @@ type publisher struct {
 	acked     *tally.Doc // the last one that is there for certain
 	pending   *tally.Doc // one that may be
 	first     *tally.Doc // the first one, until it is confirmed: it may have been folded, and created once more
+	repeated  bool       // it may have been sent more than once
 	confirmed bool       // some state has counted it
 	sent      time.Time
 }
@@ -49,7 +51,11 @@ func (r *Rollout) another(st *machine.State, counted *tally.Doc) {
 			earlier[gen] = d
 		}
 	}
-	earlier[p.gen] = p.base.Plus(counted)
+	base := p.base.Plus(counted)
+	if known := r.following(); known != nil && known.Gen == p.gen && known.Nonce == p.nonce { // without what is not counted any more
+		base.Series = slices.DeleteFunc(base.Series, func(s tally.Series) bool { return s.Epoch < known.Oldest })
+	}
+	earlier[p.gen] = base
 	*p = publisher{gen: st.Gen, nonce: st.Nonce, earlier: earlier, base: earlier[st.Gen], inc: r.replica + "-" + randomText(), birth: st.Round}
 	inc := p.inc
 	r.counting.Store(&inc)
@@ -152,6 +158,7 @@ func (r *Rollout) send(ctx context.Context) error {
 		}
 		return nil
 	}
+	p.repeated = p.repeated || p.acked == nil
 	return r.resolve(ctx)
 }
 

@@ -22,9 +22,24 @@ const (
 	sealsTicks = 720
 )
 
-// full reports whether a document is to be sealed as it was published last, rather than be replaced by d.
+// full reports whether a document is to be sealed as it was published last, rather than be replaced by d. Not one that may
+// have been folded and made once more, nor where what is published is awaited: that of a fork, or of an event that was acted
+// on before its outcome is published.
 func (r *Rollout) full(st *machine.State, d *tally.Doc) bool {
-	if !r.shared || r.pub.acked == nil || len(r.pub.acked.Series) == 0 || st.Phase.Latched() || len(d.Encode()) <= r.fullBytes {
+	p := &r.pub
+	if !r.shared || p.acked == nil || len(p.acked.Series) == 0 || st.Phase.Latched() || p.repeated && !p.confirmed || len(d.Encode()) <= r.fullBytes {
+		return false
+	}
+	for i := range p.acked.Series {
+		s := &p.acked.Series[i]
+		if f, ok := r.formOf(s.Metric); ok && f.Never && f.Size() == s.Cells && s.Events > events(s.Counts, f) {
+			return false
+		}
+	}
+	r.mu.Lock()
+	forked := r.fork.open
+	r.mu.Unlock()
+	if forked {
 		return false
 	}
 	now := r.now()
@@ -35,8 +50,9 @@ func (r *Rollout) full(st *machine.State, d *tally.Doc) bool {
 }
 
 // seal publishes what was published once more, and for good. Work that is open goes over to the next incarnation, which
-// says so at once: who waits for this process, or for its work, goes on waiting. What was counted since comes at the next
-// tick. An error means that it is not known whether it is sealed.
+// says so at once: who waits for this process, or for its work, goes on waiting. Between the two writes nobody does: of a
+// process that dies there, open work is not lost but forgotten. What was counted since comes at the next tick. An error means
+// that it is not known whether both are stored.
 func (r *Rollout) seal(ctx context.Context, st *machine.State) error {
 	p := &r.pub
 	d := *p.acked

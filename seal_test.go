@@ -142,3 +142,97 @@ func TestSealsAreFew(t *testing.T) {
 		}
 	}
 }
+
+// TestSealsNoBreach: an event that must never happen is acted on once, also where the document that told of it before its
+// outcome was there is full.
+func TestSealsNoBreach(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		bad := NewRate("bad")
+		p := threeStages()
+		p.Bake = time.Hour
+		p.Gates = append(p.Gates, bad.Never().OnFail(StepBack))
+		r := start(t, "x", p, Options{Store: MemStore()})
+		back := r.count(SteppedBack)
+		r.serve(12*time.Second, 0, 0)
+		must(t, r.Advance(t.Context(), "everyone 10 %", "on"))
+		r.serve(12*time.Second, 0, 0)
+		r.fullBytes = 1
+		r.happens(bad)
+		r.serve(5*time.Minute, 0, 0)
+		r.is(Running, "everyone 10 %")
+		if back.Load() != 1 || len(r.seals) == 0 {
+			t.Errorf("stepped back %d times, %d documents were sealed", back.Load(), len(r.seals))
+		}
+	})
+}
+
+// TestSealsNoFork: a process that has judged by itself publishes what it judged by before anything else: the fork ends where
+// that is judged.
+func TestSealsNoFork(t *testing.T) {
+	now := driverStart
+	store := MemStore()
+	away := &faulty{Store: store}
+	p := threeStages()
+	p.Independent, p.ProveFrom, p.Bake = true, 100, 10*time.Hour
+	p.Gates, p.Stages = []Gate{Errors.Within(5)}, Percentages(10, 30, 60, 100)
+	a, b, c := manual(t, away, "a", p, &now), manual(t, store, "b", p, &now), manual(t, store, "c", p, &now)
+	s := &shift{now: &now}
+	for range 4 {
+		s.tick(400, a, b, c)
+	}
+	a.coin = func(int) bool { return false }
+	away.set(down, down, nil)
+	for served(a) {
+		s.serve(a, 40, 9)
+		now = now.Add(5 * time.Second)
+		turn(a)
+	}
+	s.serve(a, 400, 9)
+	away.set(nil, nil, nil)
+	a.fullBytes = 50
+	now = now.Add(5 * time.Second)
+	turn(a)
+	if !a.fork.open || a.fork.inc != a.pub.inc || len(a.seals) > 0 || len(a.pub.acked.Series) == 0 {
+		t.Errorf("of a fork %+v the evidence is in a document of %s, of %d series; %d were sealed", a.fork, a.pub.inc, len(a.pub.acked.Series), len(a.seals))
+	}
+}
+
+// TestSealsNoRevenant: a document that was folded, and made once more because its maker had not heard of it, is not sealed:
+// the maker must find out that its sessions have counted as failed.
+func TestSealsNoRevenant(t *testing.T) {
+	now := driverStart
+	store := MemStore()
+	away := &faulty{Store: store}
+	p := talks(SessionPolicy{})
+	p.Rings = nil
+	a, b := manual(t, away, "a", p, &now), manual(t, store, "b", p, &now)
+	s := &shift{now: &now}
+	for range 3 {
+		now = now.Add(5 * time.Second)
+		turn(b)
+	}
+	turn(a)
+	_, session := a.Begin(t.Context(), (&process{Rollout: a, t: t}).of(Candidate))
+	s.serve(a, 40, 0)
+	away.set(nil, nil, func() error { away.set(down, down, nil); return errDown }) // it lands, without an answer
+	for range 61 {
+		now = now.Add(5 * time.Second)
+		turn(a)
+		s.serve(b, 10, 0)
+		turn(b)
+		s.serve(a, 10, 0)
+	}
+	if len(inStore(t, store).Retired) != 1 {
+		t.Fatal("it was not folded")
+	}
+	away.set(nil, nil, nil)
+	a.fullBytes = 50
+	for range 4 {
+		now = now.Add(5 * time.Second)
+		turn(a)
+		turn(b)
+	}
+	if !session.lost.Load() {
+		t.Error("a session that was counted as failed will count again")
+	}
+}

@@ -102,7 +102,7 @@ type About struct {
 	Birth  uint64 // round of the state that it began in
 	Seq    uint64 // of the cut, rising
 	Ack    uint64 // version of the state whose rollback this process has followed to the end; 0: none
-	Sealed bool   // by another process: nothing is added any more
+	Sealed bool   // nothing is added any more
 	Open   []Open
 }
 

@@ -243,7 +243,7 @@ func (r *reader) frame(dst []uint64, like *[framePairs]uint64, last bool, most u
 		return
 	}
 	if how == frameLike {
-		for i, x := range &r.pairs.sums {
+		for i, x := range r.pairs.sums[:n] {
 			r.pairs.sums[i] = unzigzag(x) + like[i]
 		}
 	}
