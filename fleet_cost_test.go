@@ -244,12 +244,12 @@ func TestFleetReads(t *testing.T) {
 				f := newRunning(t, n, 4)
 				defer f.stop()
 				if f.serve(6, 200, 4); !first {
-					f.serve(6, 2000, 4)
+					f.serve(3, 4000, 4)
 					must(t, f.all[0].Advance(t.Context(), f.all[0].Status().Stage.Name, "on"))
-					f.serve(6, 2000, 4)
+					f.serve(2, 4000, 4)
 				}
 				f.store.reset()
-				ticks := 3000 / n
+				ticks := 2000 / n
 				per := 1 / float64(ticks)
 				var evidence, state, sum float64 // bytes, in the mean of a tick
 				all := map[string]uses{}
