@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/judge"
+	"github.com/stagedrollout/rollout/internal/machine"
 )
 
 // TestEventsOfOthers: a process hears of what others did on the same Store, once and in order, and so does who did it.
@@ -44,6 +45,29 @@ func TestEventsOfOthers(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestHeardBefore: what a verb has written may be read by Run before the verb follows it; it is told once, by whichever.
+func TestHeardBefore(t *testing.T) {
+	for _, read := range []bool{false, true} {
+		now := driverStart
+		store := MemStore()
+		a, b := manual(t, store, "a", simPolicy(0), &now), manual(t, store, "b", simPolicy(0), &now)
+		for range 2 {
+			turn(a)
+			turn(b)
+		}
+		a.Subscribe(func(Event) {})
+		must(t, b.Hold(t.Context(), "wait")) // for a's own
+		st := inStore(t, store)
+		if read {
+			a.followHead(st)
+		}
+		a.follow(st, machine.Current, []machine.Event{{Kind: machine.WasHeld}})
+		if len(a.queue) != 1 || a.queue[0].Kind != HoldBegan {
+			t.Errorf("read before: %v; what is told is %+v", read, a.queue)
+		}
+	}
 }
 
 // TestBehind: the incident that a step is given names who has not confirmed the rollback, and nobody else.

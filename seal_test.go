@@ -236,3 +236,33 @@ func TestSealsNoRevenant(t *testing.T) {
 		t.Error("a session that was counted as failed will count again")
 	}
 }
+
+// TestFoldsFew: however many documents are sealed at once, a few of them are folded in one evaluation, and all are counted.
+func TestFoldsFew(t *testing.T) {
+	r, st, _ := merging(t, 3*clearings)
+	h := r.store.(*heap)
+	var all uint64
+	for key, value := range h.all {
+		d, err := tally.Decode(value)
+		must(t, err)
+		d.Sealed = true
+		h.all[key] = d.Encode()
+		for i := range d.Series {
+			all += d.Series[i].Counts.Sum(1)
+		}
+	}
+	next := st.Clone()
+	in := r.input(r.now())
+	_, err := r.gather(t.Context(), next, &in, false, false)
+	must(t, err)
+	if len(in.Dead) != clearings {
+		t.Errorf("%d documents are folded, want %d", len(in.Dead), clearings)
+	}
+	seen := uint64(0)
+	for _, taken := range next.Consumed {
+		seen += taken.Seen
+	}
+	if seen != all || all == 0 {
+		t.Errorf("%d of %d outcomes are counted", seen, all)
+	}
+}
