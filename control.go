@@ -222,12 +222,10 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 	if err != nil {
 		return nil, err
 	}
-	sum := &tally.Sum{}
 	var gone []string // whose documents cannot be read
-	broken := false
-	live := 0
-	lives := map[string]sign{}
-	for _, inc := range slices.Sorted(maps.Keys(docs)) {
+	var counts []*document
+	incs := slices.Sorted(maps.Keys(docs))
+	for _, inc := range incs {
 		d := docs[inc]
 		old, retired := st.Retired[inc]
 		cursor, counted := st.Cursors[inc]
@@ -244,16 +242,21 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 			continue
 		case d.err == nil && counted && d.about.Seq < cursor.Seq:
 			d.err = errors.New("it went back")
-			fallthrough
-		case d.err != nil:
-			if errors.Is(d.err, tally.ErrNewer) {
-				return nil, fmt.Errorf("the evidence of %s: %w", inc, d.err) // nothing is overwritten
-			}
-			gone = append(gone, inc)
+		case errors.Is(d.err, tally.ErrNewer):
+			return nil, fmt.Errorf("the evidence of %s: %w", inc, d.err) // nothing is overwritten
+		case d.err == nil:
+			counts = append(counts, d)
+		}
+	}
+	sum := summed(counts)
+	live := 0
+	lives := map[string]sign{}
+	for _, inc := range incs {
+		d := docs[inc]
+		if d == nil {
 			continue
 		}
-		if d.err = d.addTo(sum); d.err != nil { // and the sum is of no use
-			broken = true
+		if d.err != nil {
 			gone = append(gone, inc)
 			continue
 		}
@@ -275,6 +278,7 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 			s = sign{d.about.Seq, r.now()}
 		}
 		lives[inc] = s
+		cursor, counted := st.Cursors[inc]
 		if r.now().Sub(s.since) >= r.patience() || counted && d.about.Seq == cursor.Seq && st.Round > cursor.Round+r.silent {
 			if len(tasks) < clearings {
 				tasks = append(tasks, r.sealTask(st, inc, d.about.Seq))
@@ -293,14 +297,6 @@ func (r *Rollout) gather(ctx context.Context, st *machine.State, in *machine.Inp
 		}
 	}
 	slices.Sort(gone)
-	if broken {
-		sum = &tally.Sum{}
-		for inc, d := range docs {
-			if d.err == nil && !slices.Contains(gone, inc) {
-				_ = d.addTo(sum) // it was added before
-			}
-		}
-	}
 	if len(gone) == 0 {
 		r.missing = 0
 		err = machine.Take(st, r.plan, machine.Gathered{Sum: sum, Form: r.formOf, Share: r.shareOf(st), Alarm: alarm, Last: last}, in)

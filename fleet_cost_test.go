@@ -560,7 +560,7 @@ type heap struct {
 func (h *heap) List(context.Context, string) (map[string][]byte, error) { return h.all, nil }
 
 // merging is a process that has the evidence of n others to gather, of 3 rings and 5 metrics, and the state it gathers to.
-func merging(tb testing.TB, n int) (*Rollout, *machine.State, int) {
+func merging(tb testing.TB, n int, later bool) (*Rollout, *machine.State, int) {
 	tb.Helper()
 	now := driverStart
 	h := &heap{Store: MemStore()}
@@ -573,8 +573,13 @@ func merging(tb testing.TB, n int) (*Rollout, *machine.State, int) {
 	r.startClock()
 	turn(r)
 	turn(r)
-	st := r.known
 	rnd := rand.New(rand.NewPCG(5, 6))
+	if later {
+		costTraffic(r, rnd, 10_000, 5)
+		must(tb, r.Advance(context.Background(), r.Status().Stage.Name, "on"))
+		turn(r)
+	}
+	st := r.known
 	h.all = map[string][]byte{}
 	size := 0
 	var docs [16]*tally.Doc
@@ -604,9 +609,12 @@ func merge(tb testing.TB, r *Rollout, st *machine.State) machine.Input {
 // BenchmarkFleetMerge is what an evaluation makes of the documents of many: from what List has returned to blocks. The
 // store's own part, and what the gates make of the blocks, is not in it.
 func BenchmarkFleetMerge(b *testing.B) {
-	for _, n := range []int{100, 1000, 10_000} {
-		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			r, st, size := merging(b, n)
+	for _, c := range []struct {
+		n     int
+		later bool
+	}{{100, false}, {1000, false}, {1000, true}, {10_000, false}} {
+		b.Run(fmt.Sprintf("%d/later=%v", c.n, c.later), func(b *testing.B) {
+			r, st, size := merging(b, c.n, c.later)
 			b.ReportAllocs()
 			best := time.Hour
 			for b.Loop() {
@@ -626,7 +634,7 @@ func BenchmarkFleetMerge(b *testing.B) {
 func TestFleetMerge(t *testing.T) {
 	unraced(t)
 	cost := func(n int) (took time.Duration, allocated uint64) {
-		r, st, _ := merging(t, n)
+		r, st, _ := merging(t, n, false)
 		took, allocated = time.Hour, math.MaxUint64
 		for range 15 {
 			var before, after runtime.MemStats

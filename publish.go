@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/machine"
@@ -381,6 +382,40 @@ func (d *document) addTo(s *tally.Sum) error {
 		return nil
 	}
 	return s.AddEncoded(d.value)
+}
+
+// together is from how many documents on the halves of them are added up at once.
+const together = 64
+
+// summed is the sum of documents. Those that cannot be read have an err afterwards, and are not in it.
+func summed(docs []*document) *tally.Sum {
+	half := 0
+	if len(docs) >= together {
+		half = len(docs) / 2
+	}
+	sum, other := &tally.Sum{}, &tally.Sum{}
+	var work sync.WaitGroup
+	if half > 0 {
+		work.Go(func() { addAll(other, docs[:half]) })
+	}
+	addAll(sum, docs[half:])
+	work.Wait()
+	if slices.ContainsFunc(docs, func(d *document) bool { return d.err != nil }) { // a part of it was added
+		sum = &tally.Sum{}
+		addAll(sum, docs)
+		return sum
+	}
+	sum.Merge(other)
+	return sum
+}
+
+// addAll adds documents to a sum. One that cannot be read gets an err, and leaves the sum of no use.
+func addAll(sum *tally.Sum, docs []*document) {
+	for _, d := range docs {
+		if d.err == nil {
+			d.err = d.addTo(sum)
+		}
+	}
 }
 
 func (d *document) decode() (*tally.Doc, error) {

@@ -2,9 +2,16 @@ package rollout
 
 import (
 	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"pgregory.net/rapid"
 
 	"github.com/stagedrollout/rollout/internal/machine"
 	"github.com/stagedrollout/rollout/internal/tally"
@@ -83,4 +90,42 @@ func TestGenerationBeginsAtZero(t *testing.T) {
 	if err != nil || st.Gen != 2 || st.Clock != 0 {
 		t.Errorf("generation %d accounts for %v in the moment that it begins: %v", st.Gen, st.Clock, err)
 	}
+}
+
+// TestSummed: however many documents are added up, and whichever of them cannot be read, the sum is that of the others.
+func TestSummed(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		want := &tally.Sum{}
+		var docs []*document
+		bad := rapid.IntRange(0, 3).Draw(t, "a part that cannot be read, in hundredths")
+		rnd := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
+		var cannot []int
+		for i := range rapid.IntRange(0, 3*together).Draw(t, "documents") {
+			d := &tally.Doc{About: tally.About{Inc: fmt.Sprint(i)}}
+			for epoch := range rnd.Uint64N(3) {
+				c := tally.NewCounts(4)
+				for k := range 8 {
+					c[k/4][k%4] = rnd.Uint64N(100)
+				}
+				d.Add(tally.Series{Key: tally.Key{Epoch: epoch, Metric: "errors", Cells: 4}, Counts: c, Events: rnd.Uint64N(3)})
+			}
+			if rnd.IntN(100) < bad {
+				d.Series = append(d.Series, tally.Series{Counts: tally.NewCounts(1)}) // not in order, after what can be read
+				d.Series = append(d.Series, d.Series...)
+				cannot = append(cannot, i)
+			} else {
+				want.Add(d)
+			}
+			docs = append(docs, &document{about: d.About, value: d.Encode()})
+		}
+		got := summed(docs)
+		if diff := cmp.Diff(want.Totals, got.Totals, cmpopts.EquateEmpty()); diff != "" {
+			t.Fatal(diff)
+		}
+		for i, d := range docs {
+			if slices.Contains(cannot, i) != (d.err != nil) {
+				t.Fatalf("document %d of %v that cannot be read: %v", i, cannot, d.err)
+			}
+		}
+	})
 }

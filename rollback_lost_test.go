@@ -48,7 +48,7 @@ func runs(t *testing.T, r *Rollout) *process {
 }
 
 // must takes the error of a verb that has to work.
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)

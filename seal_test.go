@@ -239,7 +239,7 @@ func TestSealsNoRevenant(t *testing.T) {
 
 // TestFoldsFew: however many documents are sealed at once, a few of them are folded in one evaluation, and all are counted.
 func TestFoldsFew(t *testing.T) {
-	r, st, _ := merging(t, 3*clearings)
+	r, st, _ := merging(t, 3*clearings, false)
 	h := r.store.(*heap)
 	var all uint64
 	for key, value := range h.all {

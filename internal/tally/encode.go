@@ -81,7 +81,8 @@ type reader struct {
 	err error
 
 	likes likes
-	pairs pairs // of a frame, while it is read
+	pairs pairs              // of a frame, while it is read
+	cells [frameCells]uint64 // the same, written plainly
 }
 
 func (r *reader) fail(format string, args ...any) {

@@ -228,6 +228,19 @@ func (s *Sum) Add(d *Doc) {
 	}
 }
 
+// Merge adds what another sum is of.
+func (s *Sum) Merge(o *Sum) {
+	for k, x := range o.Totals {
+		t := s.at(k)
+		t.Events += x.Events
+		for c := range x.Counts {
+			for i, n := range x.Counts[c] {
+				t.Counts[c][i] += n
+			}
+		}
+	}
+}
+
 // Taken is how much of a series was consumed, less what was folded: of documents that are no more. Its numbers may be
 // below zero, in two's complement, where something was folded that was not consumed yet. It never changes.
 type Taken struct {

@@ -126,12 +126,12 @@ func (p *packer) frame(xs []uint64, like *[framePairs]uint64, last bool) {
 	}
 }
 
-// column adds a column, of which no number is above most, to sums.
-func (r *reader) column(sums []uint64, most uint64) {
+// column reads a column, of which no number is above most.
+func (r *reader) column(to []uint64, most uint64) {
 	b := r.b
-	for len(sums) > 0 {
-		part := sums[:min(partCells, len(sums))]
-		sums = sums[len(part):]
+	for len(to) > 0 {
+		part := to[:min(partCells, len(to))]
+		to = to[len(part):]
 		if len(b) == 0 {
 			r.fail("counts end too soon")
 			return
@@ -161,13 +161,13 @@ func (r *reader) column(sums []uint64, most uint64) {
 		}
 		mask := uint64(1)<<width - 1
 		if least+mask < mask || least+mask > most {
-			for i, x := range part {
+			for i := range part {
 				n := cell(from, i, width) + least
 				if n < least || n > most {
 					r.fail("a count is too large")
 					return
 				}
-				part[i] = x + n
+				part[i] = n
 			}
 			continue
 		}
@@ -176,26 +176,36 @@ func (r *reader) column(sums []uint64, most uint64) {
 		case len(part) == partCells && width <= 8: // eight at once
 			for i := 0; i < partCells; i += 8 {
 				x, to := binary.LittleEndian.Uint64(from[i/8*width:]), (*[8]uint64)(part[i:])
-				to[0] += x&mask + least
-				to[1] += x>>(w&63)&mask + least
-				to[2] += x>>(2*w&63)&mask + least
-				to[3] += x>>(3*w&63)&mask + least
-				to[4] += x>>(4*w&63)&mask + least
-				to[5] += x>>(5*w&63)&mask + least
-				to[6] += x>>(6*w&63)&mask + least
-				to[7] += x>>(7*w&63)&mask + least
+				to[0] = x&mask + least
+				x >>= w & 63
+				to[1] = x&mask + least
+				x >>= w & 63
+				to[2] = x&mask + least
+				x >>= w & 63
+				to[3] = x&mask + least
+				x >>= w & 63
+				to[4] = x&mask + least
+				x >>= w & 63
+				to[5] = x&mask + least
+				x >>= w & 63
+				to[6] = x&mask + least
+				x >>= w & 63
+				to[7] = x&mask + least
 			}
 		case len(part) == partCells && width <= 14: // four
 			for i := 0; i < partCells; i += 4 {
 				x, to := binary.LittleEndian.Uint64(from[i*width>>3:])>>(i*width&7), (*[4]uint64)(part[i:])
-				to[0] += x&mask + least
-				to[1] += x>>(w&63)&mask + least
-				to[2] += x>>(2*w&63)&mask + least
-				to[3] += x>>(3*w&63)&mask + least
+				to[0] = x&mask + least
+				x >>= w & 63
+				to[1] = x&mask + least
+				x >>= w & 63
+				to[2] = x&mask + least
+				x >>= w & 63
+				to[3] = x&mask + least
 			}
 		default:
 			for i := range part {
-				part[i] += cell(from, i, width) + least
+				part[i] = cell(from, i, width) + least
 			}
 		}
 	}
@@ -228,19 +238,27 @@ func (r *reader) frame(dst []uint64, like *[framePairs]uint64, last bool, most u
 		return
 	}
 	if how == framePlain {
-		r.column(dst, most)
+		cells := r.cells[:len(dst)]
+		if r.column(cells, most); r.err == nil {
+			for i, x := range cells {
+				dst[i] += x
+			}
+		}
 		return
 	}
 	if how > frameLike || len(dst)%2 != 0 {
 		r.fail("counts are in a way that is not known")
 		return
 	}
-	r.pairs = pairs{}
 	n := len(dst) / 2
 	r.column(r.pairs.seconds[:n], most)
 	r.column(r.pairs.sums[:n], 1<<64-1)
 	if r.err != nil {
 		return
+	}
+	if n < framePairs {
+		clear(r.pairs.seconds[n:])
+		clear(r.pairs.sums[n:])
 	}
 	if how == frameLike {
 		for i, x := range r.pairs.sums[:n] {
