@@ -111,13 +111,13 @@ func TestWasExposed(t *testing.T) {
 // TestWasExposedInSession: whoever has a session on the candidate is exposed for as long as it may go on after a rollback, of
 // all or of its ring; where a share was lowered, only the time at which it began tells.
 func TestWasExposedInSession(t *testing.T) {
-	const grace = 30 * time.Minute
+	const grace = 5 * time.Minute
 	for name, how := range map[string]Revocation{"rollback": FinishTurn, "of a ring": FinishTurn, "until end": UntilEnd, "at once": AtOnce, "lowered": FinishTurn} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := start(t, "x", talks(SessionPolicy{OnRollback: how, Grace: grace}), Options{})
 				u := r.of(Candidate, "staff")
-				time.Sleep(time.Hour)
+				time.Sleep(10 * time.Minute)
 				ctx, s := r.Begin(t.Context(), u)
 				began := time.Now()
 				switch name {
@@ -133,7 +133,7 @@ func TestWasExposedInSession(t *testing.T) {
 					if synctest.Wait(); ctx.Err() == nil {
 						asked = append(asked, time.Now())
 					}
-					time.Sleep(time.Minute)
+					time.Sleep(10 * time.Second)
 				}
 				over := time.Now()
 				must(t, r.Rollback(t.Context(), "stop"))
@@ -148,9 +148,9 @@ func TestWasExposedInSession(t *testing.T) {
 					t.Errorf("not exposed at %d of %d times in the session", missed, len(asked))
 				}
 				if got := in.WasExposed(u, over); got != (name == "until end") {
-					t.Errorf("exposed an hour after: %v", got)
+					t.Errorf("exposed long after: %v", got)
 				}
-				if in.WasExposed(u, began.Add(-2*time.Hour)) {
+				if in.WasExposed(u, began.Add(-time.Hour)) {
 					t.Error("exposed before it began")
 				}
 				s.End(nil)
@@ -161,7 +161,10 @@ func TestWasExposedInSession(t *testing.T) {
 
 // TestUnits: how many units came is known within 3 %, for each cohort by itself, however many they are.
 func TestUnits(t *testing.T) {
-	const most = 30_000_000
+	most := 30_000_000
+	if raced {
+		most /= 10
+	}
 	for _, seed := range []uint64{1, 2, 3} {
 		var u units
 		next := 1

@@ -24,8 +24,8 @@ var (
 	fleetAA    = flag.Int("fleet.aa", 40, "fleets whose candidate is no other than what is stable")
 )
 
-// smallFleets: everything takes several times as long.
-var smallFleets bool
+// raced: the race detector is on, and everything takes several times as long.
+var raced bool
 
 // metered is a store that counts what is read and written, by kind of key, and takes its time.
 type metered struct {
@@ -235,7 +235,7 @@ func (f *fleetRun) serve(ticks, units, metrics int) {
 func TestFleetReads(t *testing.T) {
 	unraced(t)
 	sizes := []int{10, 20, 100}
-	if smallFleets {
+	if raced {
 		sizes = sizes[:2]
 	}
 	for _, n := range sizes {
@@ -504,7 +504,7 @@ func TestFleetIsOne(t *testing.T) {
 func TestFleetAA(t *testing.T) {
 	unraced(t)
 	runs := *fleetAA
-	if smallFleets {
+	if raced {
 		runs = min(runs, 20)
 	}
 	const alpha = 5.
@@ -657,7 +657,7 @@ func TestFleetMerge(t *testing.T) {
 	if m1000 > 64<<20 {
 		t.Errorf("1,000 documents take %d bytes", m1000)
 	}
-	if m1000 > 12*m100 || !smallFleets && t1000 > 50*t100 {
+	if m1000 > 12*m100 || !raced && t1000 > 50*t100 {
 		t.Errorf("100 documents take %v and %d bytes, 1,000 take %v and %d", t100, m100, t1000, m1000)
 	}
 }
@@ -704,7 +704,7 @@ func TestFleetTable(t *testing.T) {
 // TestFleet.
 func unraced(t *testing.T) {
 	t.Helper()
-	if smallFleets {
+	if raced {
 		t.Skip("measured without the race detector")
 	}
 }
