@@ -41,7 +41,7 @@ func TestMachineInFakeTime(t *testing.T) {
 				Version: "v0",
 				Rings:   []Ring{{Name: "staff"}},
 				Stages:  []Stage{{Ring: "staff", Percent: 50, GuardOnly: true}, {Percent: 10, Over: time.Minute}, {Percent: 50, Approval: true}, {Percent: 100}},
-				Bake:    time.Minute, Holdback: 5, Deadline: 45 * time.Minute,
+				Bake:    time.Minute, Holdback: 5, Deadline: 12 * time.Minute,
 				Gates:    []Gate{Errors.Within(2), Errors.AtMost(20).OnFail(rapid.SampledFrom([]Action{Rollback, StepBack, Hold, RollbackRing}).Draw(t, "action"))},
 				Rollback: []RollbackStep{{Name: "one", Do: func(context.Context, Incident) error { return nil }}},
 			}
@@ -51,7 +51,7 @@ func TestMachineInFakeTime(t *testing.T) {
 				"good outcomes": func(t *rapid.T) { l.serve(rapid.IntRange(1, 40).Draw(t, "seconds"), 0) },
 				"bad outcomes":  func(t *rapid.T) { l.serve(rapid.IntRange(1, 20).Draw(t, "seconds"), 3) },
 				"silence": func(t *rapid.T) {
-					time.Sleep(rapid.SampledFrom([]time.Duration{time.Second, time.Minute, time.Hour}).Draw(t, "time"))
+					time.Sleep(rapid.SampledFrom([]time.Duration{time.Second, time.Minute, 15 * time.Minute}).Draw(t, "time"))
 				},
 				"verb":    l.verb,
 				"restart": func(*rapid.T) { l.end(); l.begin() },

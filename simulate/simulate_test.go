@@ -203,8 +203,8 @@ func TestDeterministic(t *testing.T) {
 		rollout.Check("panics", func(context.Context) (rollout.Verdict, error) { panic("no") }))
 	texts := map[string]bool{}
 	for seed := range uint64(3) {
-		a := run(t, p, everything(), &simulate.Options{Seed: seed, Horizon: 30 * time.Minute})
-		b := run(t, p, everything(), &simulate.Options{Seed: seed, Horizon: 30 * time.Minute})
+		a := run(t, p, everything(), &simulate.Options{Seed: seed, Horizon: 15 * time.Minute})
+		b := run(t, p, everything(), &simulate.Options{Seed: seed, Horizon: 15 * time.Minute})
 		if asJSON(t, a) != asJSON(t, b) || a.String() != b.String() {
 			t.Errorf("seed %d:\n%v\nand then\n%v", seed, a, b)
 		}
