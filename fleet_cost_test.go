@@ -230,15 +230,11 @@ func (f *fleetRun) serve(ticks, units, metrics int) {
 }
 
 // TestFleetReads: whatever the size of a fleet, fewer than two Lists are made in a tick, and all of it together reads at most
-// as much as three of them. While the first share is served, documents are half as large as later, and the state nearly as
-// large: with a few dozen replicas it is more than three of those, but not of documents of 8 KiB.
+// the documents and the state twice, and the head once a replica. That is at most three Lists where the documents outweigh the
+// state: from 10 replicas on, and from some 20 on while the first share is served and documents are half as large.
 func TestFleetReads(t *testing.T) {
 	unraced(t)
-	sizes := []int{10, 20, 100}
-	if raced {
-		sizes = sizes[:2]
-	}
-	for _, n := range sizes {
+	for _, n := range []int{2, 5, 10, 100} {
 		for _, first := range []bool{true, false} {
 			synctest.Test(t, func(t *testing.T) {
 				f := newRunning(t, n, 4)
@@ -249,15 +245,15 @@ func TestFleetReads(t *testing.T) {
 					f.serve(2, 4000, 4)
 				}
 				f.store.reset()
-				ticks := 2000 / n
+				ticks := min(2000/n, 200)
 				per := 1 / float64(ticks)
-				var evidence, state, sum float64 // bytes, in the mean of a tick
+				var evidence, state, head, sum float64 // bytes, in the mean of a tick
 				all := map[string]uses{}
 				for range ticks {
 					f.serve(1, 50, 4)
 					m := f.store.reset()
 					evidence += float64(f.evidence()) * per
-					state = float64(max(m.present["state"], int(state)))
+					state, head = max(state, float64(m.present["state"])), max(head, float64(m.present["head"]))
 					sum += float64(m.bytesRead()) * per
 					for kind, u := range m.read {
 						all[kind] = uses{all[kind].n + u.n, all[kind].bytes + u.bytes}
@@ -265,7 +261,7 @@ func TestFleetReads(t *testing.T) {
 				}
 				lists := float64(all["list"].n) * per
 				t.Logf("%d replicas, first share %v: %.2f Lists a tick, of %.0f bytes; the state has %.0f; all read %.0f bytes a tick, %.2f Lists: %v", n, first, lists, evidence, state, sum, sum/evidence, all)
-				if lists > 2 || sum > 3*8<<10*float64(n) || sum > 3*evidence && !(first && n < 100) {
+				if lists > 2 || sum > 2*(evidence+state)+float64(n)*head || sum > 3*evidence && (n >= 100 || n >= 10 && !first) {
 					t.Errorf("%d replicas make %.2f Lists a tick and read %.0f bytes, %.2f of them", n, lists, sum, sum/evidence)
 				}
 			})
