@@ -129,3 +129,31 @@ func TestSummed(t *testing.T) {
 		}
 	})
 }
+
+// TestBreachesOfEarlierEpochs: a document that tells at once of what must never happen says also what did in an epoch whose
+// counts are no longer kept here.
+func TestBreachesOfEarlierEpochs(t *testing.T) {
+	bad := NewRate("bad")
+	p := threeStages()
+	p.Gates = append(p.Gates, bad.Never().OnFail(Hold))
+	now := driverStart
+	r := manual(t, MemStore(), "one", p, &now)
+	turn(r)
+	r.Decide(keyOf(t, r, Candidate)).Record(bad.Observe(true))
+	now = now.Add(time.Minute)
+	turn(r)
+	happened := func(d *tally.Doc) (n uint64) {
+		for _, s := range d.Series {
+			n += s.Events
+		}
+		return n
+	}
+	st, acked := r.known, r.pub.acked
+	if happened(acked) != 1 || happened(r.breaches(st, acked)) != 1 {
+		t.Fatalf("%d events were published, now there are %d", happened(acked), happened(r.breaches(st, acked)))
+	}
+	r.ledgers = nil
+	if got := happened(r.breaches(st, acked)); got != 1 {
+		t.Errorf("%d events without their ledger", got)
+	}
+}
