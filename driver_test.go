@@ -39,6 +39,7 @@ type driver struct {
 
 	effects map[string]*made
 	undone  map[string]*made // the last one, by step
+	latched uint64           // the generation that was last stored as rolled back; 0: none since it was forgotten
 }
 
 // beat is when the last attempt at a step was made.
@@ -275,7 +276,11 @@ func (p *proc) rollBack() error {
 	} else {
 		p.goneNext = true
 	}
+	p.d.latched = 0
 	err := p.Rollback(context.Background(), "stop")
+	if p.goneNext && err == nil && p.d.latched > 0 { // that was loaded first; a Restart may have come since
+		p.gone, p.goneNext = max(p.gone, p.d.latched), false
+	}
 	if d := p.enabled(); d != nil && p.standing != machine.Done {
 		p.d.broken("a decision is %v, of generation %d, after Rollback has returned %v", d.Cohort(), d.Generation(), err)
 	}
@@ -480,6 +485,9 @@ func (d *driver) wrote() {
 	prev, next := d.stored, d.load()
 	if d.stored = next; next == nil {
 		return
+	}
+	if next.Phase.Latched() {
+		d.latched = next.Gen
 	}
 	if prev == nil {
 		if next.Phase != machine.Pending && next.Phase != machine.Running && next.Phase != machine.Held && !next.Phase.Latched() {
