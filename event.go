@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"log/slog"
-	"runtime/debug"
 	"time"
 
 	"github.com/stagedrollout/rollout/internal/machine"
@@ -105,8 +104,9 @@ type subscriber struct{ f func(Event) }
 
 // Subscribe calls f with each event from now on, also those of other processes on the same Store, one after the other, from one goroutine of [Rollout.Run] and without any
 // lock: f may call anything. Events that happen while Run does not run wait for it. A slow f delays no tick; what more
-// than 256 events wait for it is dropped and counted in Status.Dropped. A panic in f is logged, and f is called again for
-// the next event. After stop has returned, f is not called for events that happen later.
+// than 256 events wait for it is dropped and counted in Status.Dropped, and the other subscribers wait as well: one that
+// takes more than an Options.Interval is logged with its stack. So is a panic in f, and an end of its goroutine; f is
+// called again for the next event. After stop has returned, f is not called for events that happen later.
 func (r *Rollout) Subscribe(f func(Event)) (stop func()) {
 	if f == nil {
 		panic("rollout: Subscribe: the function is nil")
@@ -167,13 +167,18 @@ func (r *Rollout) dispatch(done <-chan struct{}) {
 	}
 }
 
+// tell calls a subscriber and waits until it has returned.
 func (r *Rollout) tell(s *subscriber, e Event) {
-	defer func() {
-		if p := recover(); p != nil {
-			r.logger().Error("rollout: a subscriber panicked", "rollout", r.name, "event", e.Kind, "panic", p, "stack", string(debug.Stack()))
-		}
-	}()
-	s.f(e)
+	ctx, cancel := context.WithTimeout(context.Background(), r.o.Interval)
+	defer cancel()
+	ended := make(chan struct{})
+	err := labelled(ctx, 0, func(context.Context) error {
+		defer close(ended)
+		s.f(e)
+		return nil
+	})
+	r.logStack("a subscriber", err, "event", e.Kind)
+	<-ended
 }
 
 // logEvent writes the line that an operator acts on.

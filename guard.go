@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime/debug"
+	"runtime/pprof"
+	"strings"
 	"time"
 )
 
@@ -33,6 +35,24 @@ func sleep(ctx context.Context, d time.Duration) bool {
 // errExited is what came of a callback that neither returned nor panicked.
 var errExited = errors.New("it ended its goroutine")
 
+// broken is what came of a callback that panicked or ended its goroutine, and where.
+type broken struct {
+	error
+	stack []byte
+}
+
+func (b *broken) Unwrap() error { return b.error }
+func (b *broken) Error() string { return fmt.Sprintf("%v\n%s", b.error, b.stack) }
+
+// hung is what came of a callback that has not returned.
+type hung struct {
+	cause error
+	label string // of its goroutine, if it has one
+}
+
+func (h *hung) Unwrap() error { return h.cause }
+func (h *hung) Error() string { return "it has not returned: " + h.cause.Error() }
+
 // guard calls f in a goroutine of its own and waits for it until ctx ended and grace passed: what does not return then is
 // left behind. A panic becomes an error with its stack, and so does an end of the goroutine: runtime.Goexit, by which
 // t.FailNow ends a test.
@@ -43,14 +63,20 @@ func guard[T any](ctx context.Context, grace time.Duration, f func(context.Conte
 	}
 	done := make(chan result, 1)
 	go func() {
-		res := result{err: errExited}
+		var res result
+		returned := false
 		defer func() {
-			if p := recover(); p != nil {
-				res.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+			if !returned {
+				res.err = errExited
+				if p := recover(); p != nil {
+					res.err = fmt.Errorf("panic: %v", p)
+				}
+				res.err = &broken{res.err, debug.Stack()}
 			}
 			done <- res
 		}()
 		res.v, res.err = f(ctx)
+		returned = true
 	}()
 	select {
 	case res := <-done:
@@ -64,6 +90,65 @@ func guard[T any](ctx context.Context, grace time.Duration, f func(context.Conte
 		return res.v, res.err
 	case <-t.C:
 		var zero T
-		return zero, fmt.Errorf("it has not returned: %w", context.Cause(ctx))
+		return zero, &hung{cause: context.Cause(ctx)}
 	}
+}
+
+// goroutineLabel is the label of goroutines that run what the host wants to know of if it hangs.
+const goroutineLabel = "rollout-callback"
+
+// labelled is guard for a callback of which logStack tells where it hangs. Its goroutine has a label, and so have those
+// that it starts.
+func labelled(ctx context.Context, grace time.Duration, f func(context.Context) error) error {
+	label := randomText()
+	_, err := guard(ctx, grace, func(ctx context.Context) (struct{}, error) {
+		ctx = pprof.WithLabels(ctx, pprof.Labels(goroutineLabel, label))
+		pprof.SetGoroutineLabels(ctx)
+		return struct{}{}, f(ctx)
+	})
+	if h, ok := errors.AsType[*hung](err); ok {
+		h.label = label
+	}
+	return err
+}
+
+// logStack logs where a callback of the host has panicked, ended its goroutine or hangs: a note has no room for it. Where
+// many hang, one of them a tick: to look for it is as much work as there are goroutines.
+func (r *Rollout) logStack(what string, err error, attrs ...any) {
+	if err == nil {
+		return
+	}
+	if b, ok := errors.AsType[*broken](err); ok {
+		r.logger().Error("rollout: "+what+" failed", append(attrs, "rollout", r.name, "err", b.error, "stack", string(b.stack))...)
+	}
+	if h, ok := errors.AsType[*hung](err); ok && r.looksFor(h) {
+		r.logger().Error("rollout: "+what+" does not return", append(attrs, "rollout", r.name, "err", err, "stack", stacksOf(h.label))...)
+	}
+}
+
+// looksFor reports whether it is time to look where a callback hangs.
+func (r *Rollout) looksFor(h *hung) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := r.now()
+	if h.label == "" || !r.looked.IsZero() && now.Sub(r.looked) < r.o.Interval {
+		return false
+	}
+	r.looked = now
+	return true
+}
+
+// stacksOf is where the goroutines with a label are.
+func stacksOf(label string) string {
+	var all strings.Builder
+	if err := pprof.Lookup("goroutine").WriteTo(&all, 1); err != nil {
+		return ""
+	}
+	var with []string
+	for _, block := range strings.Split(all.String(), "\n\n") {
+		if strings.Contains(block, fmt.Sprintf("%q:%q", goroutineLabel, label)) {
+			with = append(with, block)
+		}
+	}
+	return strings.Join(with, "\n\n")
 }

@@ -426,13 +426,14 @@ func (r *Rollout) undoOne(ctx context.Context, e *entry, st *machine.State, fenc
 		}
 		asked, cancel := context.WithTimeout(ctx, undoTimeout)
 		defer cancel()
-		_, err := guard(asked, stepGrace, func(ctx context.Context) (struct{}, error) {
-			return struct{}{}, f(ctx, Effect{
+		err := labelled(asked, stepGrace, func(ctx context.Context) error {
+			return f(ctx, Effect{
 				Key: e.key, Fence: fence, Name: r.name, Version: e.Version, Generation: e.gen, Ring: e.Ring,
 				Kind: e.Kind, Payload: e.Payload, Time: e.At,
 			})
 		})
 		if err != nil {
+			r.logStack("an undo", err, "key", e.key)
 			return err
 		}
 	}

@@ -138,6 +138,7 @@ type Rollout struct {
 	subscribers []*subscriber
 	queue       []Event
 	dropped     uint64
+	looked      time.Time // when it was last looked for where a callback hangs
 	queued      chan struct{}
 
 	// Of the goroutine of Run alone.

@@ -382,11 +382,12 @@ func (r *Rollout) tellOne(ctx context.Context, s *Session) {
 	asked, cancel := context.WithTimeout(context.WithoutCancel(&s.scope), left)
 	defer cancel()
 	defer context.AfterFunc(ctx, cancel)()
-	if _, err := guard(asked, 0, func(ctx context.Context) (struct{}, error) {
+	if err := labelled(asked, 0, func(ctx context.Context) error {
 		r.policy.Sessions.OnRevoke(ctx, s)
-		return struct{}{}, nil
+		return nil
 	}); err != nil {
 		r.logger().Error("rollout: OnRevoke failed; the session is cut when its grace is over", "rollout", r.name, "session", s.Pin(), "err", err)
+		r.logStack("OnRevoke", err, "session", s.Pin())
 	}
 }
 
