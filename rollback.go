@@ -35,8 +35,9 @@ func (s RollbackStep) withDefaults() RollbackStep {
 
 // Incident is why a rollback happened, with its evidence.
 type Incident struct {
-	// Key is the same for every attempt at a step of this rollback, and different for any other: use it to make a step
-	// idempotent. Empty outside of a step.
+	// Key is the same for every attempt at a step of this rollback, and different for any other in the same Store: use it to
+	// make a step idempotent. Without a Store, or in one that was emptied, later rollbacks have the same keys again. Empty
+	// outside of a step.
 	Key string `json:"key,omitempty"`
 	// Fence grows whenever another process takes the steps over: refuse what comes with a smaller one. Empty outside of a
 	// step.

@@ -1132,6 +1132,14 @@ func TestDeadProcess(t *testing.T) {
 					if now := tally(); now[1] != 9 || now[3] != 3 {
 						t.Errorf("the gate has %v", now)
 					}
+				} else { // another process takes one of them up
+					_, s, err := b.Adopt(t.Context(), open[0].Pin())
+					must(t, err)
+					s.End(errors.New("boom"))
+					b.serve(2*time.Minute, 0, 0)
+					if now := tally(); now[1] != 8 || now[3] != 3 {
+						t.Errorf("the gate has %v, after one was adopted", now)
+					}
 				}
 				store.set(nil, nil, nil)
 			})
