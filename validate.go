@@ -3,8 +3,10 @@ package rollout
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"reflect"
+	"slices"
 	"time"
 	"unicode/utf8"
 
@@ -308,7 +310,8 @@ func (v *validator) size() {
 
 func (v *validator) steps() {
 	seen := map[string]bool{}
-	for kind, f := range v.p.Undo {
+	for _, kind := range slices.Sorted(maps.Keys(v.p.Undo)) { // in the same order each time
+		f := v.p.Undo[kind]
 		if f == nil {
 			v.bad("Policy.Undo[%q]: nil", kind)
 		}
