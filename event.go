@@ -169,16 +169,12 @@ func (r *Rollout) dispatch(done <-chan struct{}) {
 
 // tell calls a subscriber and waits until it has returned.
 func (r *Rollout) tell(s *subscriber, e Event) {
-	ctx, cancel := context.WithTimeout(context.Background(), r.o.Interval)
-	defer cancel()
-	ended := make(chan struct{})
-	err := labelled(ctx, 0, func(context.Context) error {
-		defer close(ended)
-		s.f(e)
-		return nil
+	label := randomText()
+	slow := time.AfterFunc(r.o.Interval, func() {
+		r.logStack("a subscriber", &hung{context.DeadlineExceeded, label}, "event", e.Kind)
 	})
-	r.logStack("a subscriber", err, "event", e.Kind)
-	<-ended
+	defer slow.Stop()
+	r.logStack("a subscriber", labelled(context.Background(), label, 0, func(context.Context) error { s.f(e); return nil }), "event", e.Kind)
 }
 
 // logEvent writes the line that an operator acts on.

@@ -99,8 +99,7 @@ const goroutineLabel = "rollout-callback"
 
 // labelled is guard for a callback of which logStack tells where it hangs. Its goroutine has a label, and so have those
 // that it starts.
-func labelled(ctx context.Context, grace time.Duration, f func(context.Context) error) error {
-	label := randomText()
+func labelled(ctx context.Context, label string, grace time.Duration, f func(context.Context) error) error {
 	_, err := guard(ctx, grace, func(ctx context.Context) (struct{}, error) {
 		ctx = pprof.WithLabels(ctx, pprof.Labels(goroutineLabel, label))
 		pprof.SetGoroutineLabels(ctx)

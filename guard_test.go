@@ -61,6 +61,7 @@ func TestCallbacksAreReported(t *testing.T) {
 							runtime.Goexit()
 						default:
 							<-release
+							panic("at last")
 						}
 						return nil
 					}
@@ -98,6 +99,9 @@ func TestCallbacksAreReported(t *testing.T) {
 					synctest.Wait()
 					if told < 2 {
 						t.Errorf("the other subscriber was told %d times", told)
+					}
+					if stack := log.errors(t)["rollout: a subscriber failed"]; who == "a subscriber" && !strings.Contains(stack, "guard_test.go") {
+						t.Errorf("it has panicked, and logged as errors are %q", log.errors(t))
 					}
 				})
 			})

@@ -426,7 +426,7 @@ func (r *Rollout) undoOne(ctx context.Context, e *entry, st *machine.State, fenc
 		}
 		asked, cancel := context.WithTimeout(ctx, undoTimeout)
 		defer cancel()
-		err := labelled(asked, stepGrace, func(ctx context.Context) error {
+		err := labelled(asked, randomText(), stepGrace, func(ctx context.Context) error {
 			return f(ctx, Effect{
 				Key: e.key, Fence: fence, Name: r.name, Version: e.Version, Generation: e.gen, Ring: e.Ring,
 				Kind: e.Kind, Payload: e.Payload, Time: e.At,

@@ -382,7 +382,7 @@ func (r *Rollout) tellOne(ctx context.Context, s *Session) {
 	asked, cancel := context.WithTimeout(context.WithoutCancel(&s.scope), left)
 	defer cancel()
 	defer context.AfterFunc(ctx, cancel)()
-	if err := labelled(asked, 0, func(ctx context.Context) error {
+	if err := labelled(asked, randomText(), 0, func(ctx context.Context) error {
 		r.policy.Sessions.OnRevoke(ctx, s)
 		return nil
 	}); err != nil {

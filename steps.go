@@ -242,7 +242,7 @@ func (r *Rollout) try(ctx context.Context, st *machine.State, step machine.StepS
 	in.Key, in.Fence = fmt.Sprintf("%s/%d/%s", r.name, st.Gen, step.Name), fence
 	limited, timeout := context.WithTimeout(ctx, do.Timeout)
 	defer timeout()
-	err := labelled(limited, stepGrace, func(ctx context.Context) error { return do.Do(ctx, in) })
+	err := labelled(limited, randomText(), stepGrace, func(ctx context.Context) error { return do.Do(ctx, in) })
 	if err != nil {
 		r.logStack("a rollback step", err, "key", in.Key)
 		return err.Error(), 0
