@@ -102,11 +102,12 @@ const maxQueue = 256
 // subscriber is one function that wants events.
 type subscriber struct{ f func(Event) }
 
-// Subscribe calls f with each event from now on, also those of other processes on the same Store, one after the other, from one goroutine of [Rollout.Run] and without any
-// lock: f may call anything. Events that happen while Run does not run wait for it. A slow f delays no tick; what more
-// than 256 events wait for it is dropped and counted in Status.Dropped, and the other subscribers wait as well: one that
-// takes more than an Options.Interval is logged with its stack. So is a panic in f, and an end of its goroutine; f is
-// called again for the next event. After stop has returned, f is not called for events that happen later.
+// Subscribe calls f with each event from now on, also those of other processes on the same Store, one after the other, in
+// goroutines of [Rollout.Run] and without any lock: f may call anything. Events that happen while Run does not run wait for
+// it. A slow f delays no tick, but the other subscribers; what more than 256 events wait for it is dropped and counted in
+// Status.Dropped, and an f that takes more than an Options.Interval is logged with its stack. So is a panic in f, and an end
+// of its goroutine; f is called again for the next event. After stop has returned, f is not called for events that happen
+// later.
 func (r *Rollout) Subscribe(f func(Event)) (stop func()) {
 	if f == nil {
 		panic("rollout: Subscribe: the function is nil")
