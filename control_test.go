@@ -574,7 +574,7 @@ func goesOn(t *testing.T, killed bool) {
 	if most := before.Rings[0].Candidate; !killed && after.Gates[0].Candidate.N != most {
 		t.Errorf("of %d candidate outcomes %d were judged: the last evidence is not there", most, after.Gates[0].Candidate.N)
 	}
-	time.Sleep(time.Hour)
+	time.Sleep(10 * time.Minute)
 	again.until(Completed, 0, 0)
 	again.stop()
 

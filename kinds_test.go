@@ -64,7 +64,7 @@ func (a agent) run(r *process, late bool) State {
 		} else {
 			d.Record(obs...)
 		}
-		if s := r.Status().State; s == Completed || s == RolledBack || s == Held {
+		if s := State(r.following().Phase); s == Completed || s == RolledBack || s == Held {
 			return s
 		}
 	}

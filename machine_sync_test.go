@@ -76,7 +76,7 @@ func TestMachineInFakeTime(t *testing.T) {
 
 func (l *life) begin() {
 	var err error
-	if l.r, err = New("x", l.policy, &Options{Store: l.store, Logger: quiet, Interval: 10 * time.Second}); err != nil {
+	if l.r, err = New("x", l.policy, &Options{Store: l.store, Logger: quiet, Interval: 20 * time.Second}); err != nil {
 		l.t.Fatal(err)
 	}
 	var ctx context.Context
