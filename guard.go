@@ -105,7 +105,7 @@ func labelled(ctx context.Context, label string, grace time.Duration, f func(con
 		pprof.SetGoroutineLabels(ctx)
 		return struct{}{}, f(ctx)
 	})
-	if h, ok := errors.AsType[*hung](err); ok {
+	if h, ok := err.(*hung); ok { // this guard's, not one that f returned
 		h.label = label
 	}
 	return err
@@ -114,14 +114,13 @@ func labelled(ctx context.Context, label string, grace time.Duration, f func(con
 // logStack logs where a callback of the host has panicked, ended its goroutine or hangs: a note has no room for it. Where
 // many hang, one of them a tick: to look for it is as much work as there are goroutines.
 func (r *Rollout) logStack(what string, err error, attrs ...any) {
-	if err == nil {
-		return
-	}
-	if b, ok := errors.AsType[*broken](err); ok {
-		r.logger().Error("rollout: "+what+" failed", append(attrs, "rollout", r.name, "err", b.error, "stack", string(b.stack))...)
-	}
-	if h, ok := errors.AsType[*hung](err); ok && r.looksFor(h) {
-		r.logger().Error("rollout: "+what+" does not return", append(attrs, "rollout", r.name, "err", err, "stack", stacksOf(h.label))...)
+	switch e := err.(type) { // what is wrapped came of something that the callback called
+	case *broken:
+		r.logger().Error("rollout: "+what+" failed", append(attrs, "rollout", r.name, "err", e.error, "stack", string(e.stack))...)
+	case *hung:
+		if r.looksFor(e) {
+			r.logger().Error("rollout: "+what+" does not return", append(attrs, "rollout", r.name, "err", e, "stack", stacksOf(e.label))...)
+		}
 	}
 }
 
