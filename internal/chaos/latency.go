@@ -20,8 +20,8 @@ func (fl Flags) TestLatency(t *testing.T, s Server, limit time.Duration) {
 func (fl Flags) TestLatencyDeaf(t *testing.T, s Server) {
 	const interval = 200 * time.Millisecond
 	took := latency(t, s, *fl.rounds/3, config{Name: "deaf", Interval: interval, Deaf: true})
-	if last, limit := took[len(took)-1], 15*interval; last > limit { // a tick may be late
-		t.Errorf("a rollback takes %v, more than %v", last, limit)
+	if half, last := took[len(took)/2], took[len(took)-1]; half > 2*interval || last > 30*interval { // a busy machine may stall
+		t.Errorf("half of the rollbacks take more than %v, and one takes %v", half, last)
 	}
 }
 
