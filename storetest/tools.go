@@ -130,15 +130,21 @@ func watchFunc(t testing.TB, s Store, prefix string, changed func(ctx context.Co
 	go func() { ended <- s.Watch(ctx, prefix, func() { changed(ctx) }) }()
 	t.Cleanup(func() {
 		cancel()
-		select {
-		case err := <-ended:
-			if err != nil {
-				t.Errorf("Watch = %v, want nil", err)
-			}
-		case <-time.After(soon):
-			t.Errorf("Watch has not returned %v after its context ended", soon)
-		}
+		wantEnded(t, ended)
 	})
+}
+
+// wantEnded checks that a Watch whose context has ended returns soon, without an error.
+func wantEnded(t testing.TB, ended <-chan error) {
+	t.Helper()
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Errorf("Watch = %v, want nil", err)
+		}
+	case <-time.After(soon):
+		t.Errorf("Watch has not returned %v after its context ended", soon)
+	}
 }
 
 func waitHint(t testing.TB, hints <-chan bool, which string) {

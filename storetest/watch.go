@@ -136,13 +136,8 @@ func testWatchEnd(t testing.TB, b Backend) {
 			t.Fatal("no hint at the start")
 		}
 		cancel()
-		select {
-		case err := <-ended:
-			if err != nil {
-				t.Errorf("Watch = %v, want nil", err)
-			}
-		case <-time.After(soon):
-			t.Fatalf("Watch has not returned %v after its context ended", soon)
+		if wantEnded(t, ended); t.Failed() {
+			return
 		}
 	}
 }
